@@ -1,0 +1,229 @@
+//! What a format, protocol or filter is: the [`Driver`] trait and its small types.
+//!
+//! A driver's calls block. They come from any number of threads at once; a driver locks what it
+//! must and never across data I/O. Offsets and lengths are in bytes. [`Node`](super::node::Node)
+//! stands in front of every driver: it checks bounds, alignment and read-only, so that a driver
+//! sees only requests that lie within `len()` and on its `request_alignment`.
+
+use super::node::Edge;
+use crate::sys::iov::{Iov, IovMut};
+use std::io;
+use std::ops::{BitAnd, BitOr, Not};
+use std::sync::Arc;
+
+/// A set of permissions (QEMU's `BLK_PERM_*`): what a user of a node does, or lets others do.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Hash)]
+pub struct Perm(pub u8);
+
+impl Perm {
+    /// Nothing.
+    pub const NONE: Perm = Perm(0);
+    /// Reads must see what was last written.
+    pub const CONSISTENT_READ: Perm = Perm(1);
+    /// Changes the data.
+    pub const WRITE: Perm = Perm(2);
+    /// Writes what is there already (copy-on-read, commit).
+    pub const WRITE_UNCHANGED: Perm = Perm(4);
+    /// Changes the length.
+    pub const RESIZE: Perm = Perm(8);
+    /// All of them.
+    pub const ALL: Perm = Perm(15);
+
+    /// True when every permission of `other` is in `self`.
+    pub fn contains(self, other: Perm) -> bool {
+        self.0 & other.0 == other.0
+    }
+}
+
+impl BitOr for Perm {
+    type Output = Perm;
+    fn bitor(self, o: Perm) -> Perm {
+        Perm(self.0 | o.0)
+    }
+}
+
+impl BitAnd for Perm {
+    type Output = Perm;
+    fn bitand(self, o: Perm) -> Perm {
+        Perm(self.0 & o.0)
+    }
+}
+
+impl Not for Perm {
+    type Output = Perm;
+    fn not(self) -> Perm {
+        Perm(!self.0 & Perm::ALL.0)
+    }
+}
+
+/// How a write or zero request is to be done.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Flags(pub u8);
+
+impl Flags {
+    /// Nothing special.
+    pub const NONE: Flags = Flags(0);
+    /// On stable storage before the call returns (the node sees to it with a flush).
+    pub const FUA: Flags = Flags(1);
+    /// A zero request may give the space back.
+    pub const MAY_UNMAP: Flags = Flags(2);
+    /// A zero request fails with ENOTSUP rather than writing zeroes slowly.
+    pub const NO_FALLBACK: Flags = Flags(4);
+
+    /// True when every flag of `other` is set.
+    pub fn contains(self, other: Flags) -> bool {
+        self.0 & other.0 == other.0
+    }
+}
+
+impl BitOr for Flags {
+    type Output = Flags;
+    fn bitor(self, o: Flags) -> Flags {
+        Flags(self.0 | o.0)
+    }
+}
+
+/// What a driver needs and prefers. All in bytes; powers of two where they are alignments.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Limits {
+    /// Offsets and lengths must be multiples of this (1: any).
+    pub request_alignment: u32,
+    /// Memory must be aligned to this (O_DIRECT; 1: any).
+    pub memory_alignment: u32,
+    /// Preferred unit of discard and zero requests (a format's cluster size), 0 if none.
+    pub discard_alignment: u32,
+    /// True when a zero request is cheap (no data is written).
+    pub cheap_zeroes: bool,
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits { request_alignment: 1, memory_alignment: 1, discard_alignment: 0, cheap_zeroes: false }
+    }
+}
+
+/// What is at a place of the disk.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ExtentKind {
+    /// Data in this node.
+    Data,
+    /// Reads as zeroes by this node's own word.
+    Zero,
+    /// Not in this node: what the backing node has, or zeroes without one.
+    Unallocated,
+}
+
+/// The state of the `len` bytes that follow the offset asked for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Extent {
+    /// What is there.
+    pub kind: ExtentKind,
+    /// For how many bytes; at least 1, at most the length asked for.
+    pub len: u64,
+    /// Where it lies in the `file` child, if it does in one piece, uncompressed.
+    pub host_offset: Option<u64>,
+}
+
+/// What `query-block` shows of an image beyond its name and size.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ImageInfo {
+    /// In bytes, for formats that have clusters.
+    pub cluster_size: Option<u64>,
+    /// Bytes that the image takes on its storage, if known.
+    pub actual_size: Option<u64>,
+    /// Backing file, as the image's header names it.
+    pub backing_filename: Option<String>,
+    /// Backing format, as the header records it.
+    pub backing_format: Option<String>,
+    /// True when the data are encrypted.
+    pub encrypted: bool,
+    /// `format-specific`: QEMU's `type` and the members of its `data`.
+    pub specific: Option<(&'static str, serde_json::Map<String, serde_json::Value>)>,
+}
+
+/// A format, protocol or filter. See the module's head for who calls it and how.
+pub trait Driver: Send + Sync {
+    /// The name in `blockdev-add`'s `driver` and in queries.
+    fn name(&self) -> &'static str;
+
+    /// Virtual length in bytes, now. Cheap: it is asked for at every request.
+    fn len(&self) -> u64;
+
+    /// True when the length is 0.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Alignment and preferences; constant while the node is open.
+    fn limits(&self) -> Limits {
+        Limits::default()
+    }
+
+    /// The children, by role. Control thread only.
+    fn edges(&self) -> Vec<Arc<Edge>> {
+        Vec::new()
+    }
+
+    /// What this driver does with child `edge`, and what it lets others do with it, when its own
+    /// users together use and share `above` (uses, shares). Answer in the same order.
+    fn wants(&self, edge: &Edge, above: (Perm, Perm)) -> (Perm, Perm) {
+        let _ = edge;
+        above
+    }
+
+    /// Permissions have changed to (uses, shares): take or release file locks, reopen read-write.
+    /// An error leaves everything as it was.
+    fn set_perm(&self, uses: Perm, shares: Perm) -> io::Result<()> {
+        let _ = (uses, shares);
+        Ok(())
+    }
+
+    /// Reads `to.len()` bytes at `off`.
+    fn read(&self, off: u64, to: &mut IovMut) -> io::Result<()>;
+
+    /// Writes all of `from` at `off`. A driver may ignore [`Flags::FUA`]: the node flushes.
+    fn write(&self, off: u64, from: &Iov, flags: Flags) -> io::Result<()>;
+
+    /// Makes `len` bytes at `off` read as zeroes. ENOTSUP: the node writes zeroes itself.
+    fn zero(&self, off: u64, len: u64, flags: Flags) -> io::Result<()> {
+        let _ = (off, len, flags);
+        Err(io::Error::from_raw_os_error(libc::ENOTSUP))
+    }
+
+    /// Says that the contents of `len` bytes at `off` are not needed. ENOTSUP: the node ignores
+    /// the request (it is a hint).
+    fn discard(&self, off: u64, len: u64) -> io::Result<()> {
+        let _ = (off, len);
+        Err(io::Error::from_raw_os_error(libc::ENOTSUP))
+    }
+
+    /// Every write that returned before this call is on stable storage when this returns.
+    fn flush(&self) -> io::Result<()>;
+
+    /// What is at `off`; `len` > 0 bytes are of interest.
+    fn status(&self, off: u64, len: u64) -> io::Result<Extent> {
+        Ok(Extent { kind: ExtentKind::Data, len, host_offset: Some(off) })
+    }
+
+    /// Changes the virtual length to `len` bytes. New space reads as zeroes.
+    fn resize(&self, len: u64) -> io::Result<()> {
+        let _ = len;
+        Err(io::Error::from_raw_os_error(libc::ENOTSUP))
+    }
+
+    /// What `query-block` shows.
+    fn info(&self) -> ImageInfo {
+        ImageInfo::default()
+    }
+
+    /// The file name to show for this node ("" if none can).
+    fn filename(&self) -> String {
+        String::new()
+    }
+
+    /// Writes back what is held in memory and marks the image clean. Called once, by the control
+    /// thread, when no request runs any more; afterwards the node is dropped.
+    fn close(&self) -> io::Result<()> {
+        self.flush()
+    }
+}

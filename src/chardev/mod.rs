@@ -1,0 +1,1 @@
+//! Character backends: where a serial port or a monitor reads and writes.

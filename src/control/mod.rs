@@ -1,0 +1,1 @@
+//! The one owner: the VM, its run state, and the event loop.

@@ -1,0 +1,1 @@
+//! Devices that are not on PCI: serial port, keyboard controller, clock.

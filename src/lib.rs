@@ -1,0 +1,30 @@
+//! minivmm: a small, synchronous KVM virtual machine monitor whose control plane is QEMU's QMP.
+//!
+//! One thread (control) owns everything that has a name; device, vCPU and job threads only *do*,
+//! reach the disk through a gate that the owner can close, and say what happened by putting an
+//! event in the owner's inbox. The floors, top to bottom; imports go down only:
+//!
+//! ```text
+//! main.rs
+//! config.rs
+//! qmp/        wire, client, schema, events; one cmd_*.rs an area
+//! control/    the one owner: Vm, event loop, run state
+//! virtio/     transport, worker loop, devices
+//! qcow2/      devices/    pci/
+//! block/      net/        chardev/    machine/
+//! sys/        error.rs    event.rs
+//! ```
+
+pub mod block;
+pub mod chardev;
+pub mod control;
+pub mod devices;
+pub mod error;
+pub mod event;
+pub mod machine;
+pub mod net;
+pub mod pci;
+pub mod qcow2;
+pub mod qmp;
+pub mod sys;
+pub mod virtio;

@@ -1,0 +1,2 @@
+//! The `minivmm` program.
+fn main() {}

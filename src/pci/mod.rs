@@ -1,0 +1,3 @@
+//! PCI: configuration space, BARs, MSI-X, slots. Knows nothing of what a device does.
+
+pub mod function;

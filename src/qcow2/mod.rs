@@ -1,0 +1,1 @@
+//! The qcow2 image format, as a [`Driver`](crate::block::driver::Driver).

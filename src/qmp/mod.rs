@@ -1,0 +1,1 @@
+//! QMP: bytes to commands and back.

@@ -1,0 +1,4 @@
+//! System calls behind small safe functions. Knows nothing of virtual machines.
+
+pub mod inbox;
+pub mod iov;
