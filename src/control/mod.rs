@@ -1,1 +1,5 @@
 //! The one owner: the VM, its run state, and the event loop.
+
+pub mod event_loop;
+pub mod state;
+pub mod vm;

@@ -1,0 +1,291 @@
+//! The VM: everything that has a name, and what can be done to it as a whole.
+//!
+//! Owns: the registries, the run state, the outbox of QMP events, and whether the process goes on.
+//! Never: sockets, JSON text, formats. Threads: control only; plain `&mut`. Locks: none of its own.
+
+use super::state::RunState;
+use crate::error::{Error, Result};
+use crate::event::{BlockIoError, ErrorAction, Event, Events};
+use crate::sys::inbox::Inbox;
+use serde_json::{Map, Value, json};
+use std::io;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+/// Where the processors come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Accel {
+    /// /dev/kvm.
+    Kvm,
+    /// No processor runs; everything else does.
+    None,
+}
+
+/// What a guest's reset leads to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RebootAction {
+    /// A reset.
+    Reset,
+    /// What a shutdown leads to.
+    Shutdown,
+}
+
+/// What a guest's shutdown leads to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ShutdownAction {
+    /// The process ends.
+    Poweroff,
+    /// The VM stops in run state `shutdown` and waits for QMP.
+    Pause,
+}
+
+/// The `[machine]` table: what does not change while the VM lives, and the policies.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// `query-name`.
+    pub name: Option<String>,
+    /// `query-uuid`; zeroes when none was given.
+    pub uuid: [u8; 16],
+    /// Bytes of RAM.
+    pub memory: u64,
+    /// Processors at start.
+    pub cpus: u32,
+    /// Processors that there can be: sockets × cores × threads.
+    pub max_cpus: u32,
+    /// Sockets.
+    pub sockets: u32,
+    /// Cores per socket.
+    pub cores: u32,
+    /// Threads per core.
+    pub threads: u32,
+    /// Where the processors come from.
+    pub accel: Accel,
+    /// Do not start the processors until `cont`.
+    pub paused: bool,
+    /// What a guest's reset leads to.
+    pub reboot: RebootAction,
+    /// What a guest's shutdown leads to.
+    pub shutdown: ShutdownAction,
+}
+
+impl Default for Settings {
+    fn default() -> Settings {
+        Settings {
+            name: None,
+            uuid: [0; 16],
+            memory: 128 << 20,
+            cpus: 1,
+            max_cpus: 1,
+            sockets: 1,
+            cores: 1,
+            threads: 1,
+            accel: Accel::Kvm,
+            paused: false,
+            reboot: RebootAction::Reset,
+            shutdown: ShutdownAction::Poweroff,
+        }
+    }
+}
+
+/// Who wanted a reset or shutdown, and why (QMP's `ShutdownCause`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cause {
+    /// `quit`.
+    HostQmpQuit,
+    /// `system_reset`.
+    HostQmpSystemReset,
+    /// SIGINT, SIGTERM, SIGHUP.
+    HostSignal,
+    /// The console's quit sequence.
+    HostUi,
+    /// The guest switched itself off.
+    GuestShutdown,
+    /// The guest asked for a reset.
+    GuestReset,
+}
+
+impl Cause {
+    /// The word on the wire.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Cause::HostQmpQuit => "host-qmp-quit",
+            Cause::HostQmpSystemReset => "host-qmp-system-reset",
+            Cause::HostSignal => "host-signal",
+            Cause::HostUi => "host-ui",
+            Cause::GuestShutdown => "guest-shutdown",
+            Cause::GuestReset => "guest-reset",
+        }
+    }
+
+    /// True when the guest did it.
+    pub fn guest(self) -> bool {
+        matches!(self, Cause::GuestShutdown | Cause::GuestReset)
+    }
+
+    fn data(self) -> Value {
+        json!({ "guest": self.guest(), "reason": self.as_str() })
+    }
+}
+
+/// An event for the QMP clients, in the order in which things happened.
+#[derive(Clone, Debug, PartialEq)]
+pub struct QmpEvent {
+    /// Its name.
+    pub name: &'static str,
+    /// Its data; absent when it is empty.
+    pub data: Option<Map<String, Value>>,
+    /// When it happened.
+    pub time: SystemTime,
+}
+
+/// See the module's head.
+pub struct Vm {
+    /// The `[machine]` table.
+    pub settings: Settings,
+    /// QMP's run state. Changed by [`Vm::stop`], [`Vm::cont`] and [`Vm::reset`] only.
+    pub run_state: RunState,
+    /// What the other threads have to say; cloned into every one of them.
+    pub events: Events,
+    /// Events for the QMP clients; the server takes them before it writes a reply.
+    pub outbox: Vec<QmpEvent>,
+    /// The default CPU of the human commands (`cpu`).
+    pub current_cpu: u32,
+    /// Set once the process is to end: its exit status.
+    exit: Option<u8>,
+}
+
+impl Vm {
+    /// A VM with nothing in it, in run state `prelaunch`. Fails only without file descriptors.
+    pub fn new(settings: Settings) -> io::Result<Vm> {
+        Ok(Vm {
+            settings,
+            run_state: RunState::Prelaunch,
+            events: Arc::new(Inbox::new()?),
+            outbox: Vec::new(),
+            current_cpu: 0,
+            exit: None,
+        })
+    }
+
+    /// Queues an event for the QMP clients. `data` is an object, or null for none.
+    pub fn emit(&mut self, name: &'static str, data: Value) {
+        let data = match data {
+            Value::Object(map) => Some(map),
+            _ => None,
+        };
+        self.outbox.push(QmpEvent { name, data, time: SystemTime::now() });
+    }
+
+    /// The exit status, once the process is to end.
+    pub fn exit(&self) -> Option<u8> {
+        self.exit
+    }
+
+    fn become_state(&mut self, next: RunState) {
+        debug_assert!(self.run_state.may_become(next), "{:?} to {next:?}", self.run_state);
+        self.run_state = next;
+    }
+
+    /// Stops a running VM and goes to `state`; does nothing to one that does not run. When it
+    /// returns, no processor runs, no request is on its way to a disk, and all data are flushed.
+    pub fn stop(&mut self, state: RunState) {
+        if !self.run_state.is_running() {
+            return;
+        }
+        self.become_state(state);
+        self.emit("STOP", Value::Null);
+    }
+
+    /// Runs a VM that does not.
+    pub fn cont(&mut self) -> Result<()> {
+        if self.run_state.is_running() {
+            return Ok(());
+        }
+        if self.run_state.needs_reset() {
+            return Err(Error::new("Resetting the Virtual Machine is required"));
+        }
+        self.become_state(RunState::Running);
+        self.emit("RESUME", Value::Null);
+        Ok(())
+    }
+
+    /// Resets the machine. A VM that does not run goes to `prelaunch`.
+    pub fn reset(&mut self, cause: Cause) {
+        if !self.run_state.is_running() {
+            self.become_state(RunState::Prelaunch);
+        }
+        self.emit("RESET", cause.data());
+    }
+
+    /// Presses the power button.
+    pub fn powerdown(&mut self) {
+        self.emit("POWERDOWN", Value::Null);
+    }
+
+    /// Ends the process with `status`, whatever the shutdown policy is.
+    pub fn quit(&mut self, cause: Cause, status: u8) {
+        if self.exit.is_none() {
+            self.emit("SHUTDOWN", cause.data());
+            self.exit = Some(status);
+        }
+    }
+
+    fn guest_shutdown(&mut self, cause: Cause) {
+        match self.settings.shutdown {
+            ShutdownAction::Poweroff => self.quit(cause, 0),
+            ShutdownAction::Pause => {
+                self.emit("SHUTDOWN", cause.data());
+                self.stop(RunState::Shutdown);
+            }
+        }
+    }
+
+    /// Does what an event from another thread leads to.
+    pub fn handle(&mut self, event: Event) {
+        match event {
+            Event::Reset => match self.settings.reboot {
+                RebootAction::Reset => self.reset(Cause::GuestReset),
+                RebootAction::Shutdown => self.guest_shutdown(Cause::GuestReset),
+            },
+            Event::Shutdown => self.guest_shutdown(Cause::GuestShutdown),
+            Event::RtcChange { offset } => {
+                self.emit("RTC_CHANGE", json!({ "offset": offset, "qom-path": "/machine/rtc" }));
+            }
+            Event::BlockIoError(e) => self.block_io_error(e),
+            Event::VcpuFailed { cpu, why } => {
+                log::error!("CPU {cpu} cannot go on: {why}");
+                self.stop(RunState::InternalError);
+            }
+            Event::DebugExit { status } => self.quit(Cause::GuestShutdown, status),
+            Event::ConsoleQuit => self.quit(Cause::HostUi, 0),
+            Event::Wake => {}
+        }
+    }
+
+    fn block_io_error(&mut self, e: BlockIoError) {
+        let stop = e.action == ErrorAction::Stop;
+        let mut data = json!({
+            "qom-path": e.qom_path,
+            "device": e.device,
+            "operation": if e.read { "read" } else { "write" },
+            "action": match e.action {
+                ErrorAction::Ignore => "ignore",
+                ErrorAction::Report => "report",
+                ErrorAction::Stop => "stop",
+            },
+            "nospace": e.nospace,
+            "reason": e.reason,
+        });
+        if let Some(name) = e.node_name {
+            data["node-name"] = Value::from(name);
+        }
+        self.emit("BLOCK_IO_ERROR", data);
+        if stop {
+            self.stop(RunState::IoError);
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "vm_test.rs"]
+mod tests;
