@@ -3,3 +3,4 @@
 pub mod inbox;
 pub mod iov;
 pub mod poll;
+pub mod tun;
