@@ -79,5 +79,7 @@ fn impossible_options_are_refused_by_name() {
     assert!(refused(TapOptions { vhost: Some(true), ..Default::default() }).contains("'vhost'"));
     assert!(refused(TapOptions { queues: Some(2), ..Default::default() }).contains("one queue"));
     assert!(refused(TapOptions { fds: some("4"), ..Default::default() }).contains("one queue"));
-    assert!(refused(TapOptions { ifname: some("a-name-too-long-for-it"), ..Default::default() }).contains("15"));
+    assert!(
+        refused(TapOptions { ifname: some("a-name-too-long-for-it"), ..Default::default() }).contains("15")
+    );
 }
