@@ -1,0 +1,1 @@
+dmesg | grep -i "acpi.*error\|firmware bug"; true
