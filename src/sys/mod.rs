@@ -3,4 +3,5 @@
 pub mod inbox;
 pub mod iov;
 pub mod poll;
+pub mod thread;
 pub mod tun;

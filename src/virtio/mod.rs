@@ -1,2 +1,9 @@
-//! virtio 1.2: queues, the PCI transport, the worker loop, the devices. Knows no image formats,
-//! no graph and no QMP.
+//! Virtio: the queues, the one worker loop, the transport, and the devices.
+//!
+//! A device is two things: its face ([`device::VirtioDevice`]: numbers, features, configuration
+//! space), which the transport shows to the guest, and its work ([`device::Worker`]), which the
+//! loop in `worker.rs` runs on a thread that exists only between DRIVER_OK and reset.
+
+pub mod device;
+pub mod kick;
+pub mod queue;
