@@ -87,14 +87,7 @@ pub struct Chain<'q> {
 impl Queue {
     /// A queue that is not enabled yet.
     pub fn new(index: u16, mem: Mem, transport: Arc<dyn Transport>, halted: Arc<AtomicBool>) -> Queue {
-        Queue {
-            index,
-            mem,
-            transport,
-            halted,
-            workers: OnceLock::new(),
-            ring: Mutex::new(Ring::default()),
-        }
+        Queue { index, mem, transport, halted, workers: OnceLock::new(), ring: Mutex::new(Ring::default()) }
     }
 
     /// Its number in the device.
