@@ -12,7 +12,7 @@
 //! virtio/     transport, worker loop, devices
 //! qcow2/      devices/    pci/
 //! block/      net/        chardev/    machine/
-//! sys/        error.rs    event.rs
+//! qapi/       sys/        error.rs    event.rs
 //! ```
 
 pub mod block;
@@ -24,6 +24,7 @@ pub mod event;
 pub mod machine;
 pub mod net;
 pub mod pci;
+pub mod qapi;
 pub mod qcow2;
 pub mod qmp;
 pub mod sys;
