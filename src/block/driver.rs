@@ -3,7 +3,9 @@
 //! A driver's calls block. They come from any number of threads at once; a driver locks what it
 //! must and never across data I/O. Offsets and lengths are in bytes. [`Node`](super::node::Node)
 //! stands in front of every driver: it checks bounds, alignment and read-only, so that a driver
-//! sees only requests that lie within `len()` and on its `request_alignment`.
+//! sees only requests of at least one byte that lie within `len()`, rounded up to its
+//! `request_alignment`, and on that alignment (a driver that [`grows`](Driver::grows) also sees
+//! writes beyond). A driver reaches its children through `edge.node()` and the methods of `Node`.
 
 use super::node::Edge;
 use crate::sys::iov::{Iov, IovMut};
@@ -88,7 +90,8 @@ impl BitOr for Flags {
 pub struct Limits {
     /// Offsets and lengths must be multiples of this (1: any).
     pub request_alignment: u32,
-    /// Memory must be aligned to this (O_DIRECT; 1: any).
+    /// Each piece of memory must be at a multiple of this, and as long as a multiple of
+    /// `request_alignment` (O_DIRECT; 1: any).
     pub memory_alignment: u32,
     /// Preferred unit of discard and zero requests (a format's cluster size), 0 if none.
     pub discard_alignment: u32,
@@ -152,6 +155,11 @@ pub trait Driver: Send + Sync {
     /// True when the length is 0.
     fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// True when a write beyond the end makes the node longer (a plain file), rather than an error.
+    fn grows(&self) -> bool {
+        false
     }
 
     /// Alignment and preferences; constant while the node is open.

@@ -1,34 +1,211 @@
 //! A root user of the graph: a guest disk, a job, an export. The only way into it.
 //!
-//! Owns: a gate, the root edge, what its user does and shares. Never: knows drivers. Threads:
-//! I/O from any; everything else on the control thread. Locks: none of its own.
+//! Owns: a gate, the root edge, what its user does and shares, statistics, the error policy.
+//! Never: knows drivers. Threads: I/O from any; the setters on the control thread only.
+//! Locks: leaves of its own (identity, callback), none across I/O.
+//!
+//! **A failing guest request**, for the writer of a device model. A request is
+//!
+//! ```text
+//! match handle.write(off, &iov, flags) {
+//!     Ok(()) => answer OK,
+//!     Err(e) => match handle.on_error(false, &e) {
+//!         ErrorAction::Ignore => answer OK,
+//!         ErrorAction::Report => answer IOERR,
+//!         ErrorAction::Stop   => keep the request, unanswered,
+//!     },
+//! }
+//! ```
+//!
+//! `on_error` has then told the control thread (`Event::BlockIoError`), which emits
+//! `BLOCK_IO_ERROR` and, for `Stop`, stops the VM. A kept request holds no ticket, so that the
+//! graph can be changed meanwhile (more space, another node). The device puts kept requests first
+//! in a list of its own and does them again, in order, when it next runs *after having been
+//! paused and resumed* (`cont`); a reset of the device drops the list. Requests that come between
+//! the error and the pause are done as usual: the guest may not count on an order among them.
 
-use super::driver::{Extent, Flags, Limits};
+use super::driver::{Extent, Flags, Limits, Perm};
 use super::gate::Gate;
-use super::node::{Edge, Node};
+use super::node::{Edge, Node, errno};
+use super::stats::{Kind, Stats};
+use crate::event::{BlockIoError, ErrorAction, Event, Events};
 use crate::sys::iov::{Iov, IovMut};
 use std::io;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// What to do about a failed request (`rerror`, `werror`).
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum OnError {
+    /// The device's default: report for reads, enospc for writes.
+    #[default]
+    Auto,
+    /// Tell the guest.
+    Report,
+    /// Tell the guest that all is well.
+    Ignore,
+    /// Stop the VM.
+    Stop,
+    /// Stop the VM when there is no space left, tell the guest otherwise.
+    Enospc,
+}
+
+impl OnError {
+    /// The policy of that name, as in `-drive werror=`.
+    pub fn from_word(word: &str) -> Option<OnError> {
+        Some(match word {
+            "auto" => OnError::Auto,
+            "report" => OnError::Report,
+            "ignore" => OnError::Ignore,
+            "stop" => OnError::Stop,
+            "enospc" => OnError::Enospc,
+            _ => return None,
+        })
+    }
+
+    fn action(self, read: bool, nospace: bool) -> ErrorAction {
+        match self {
+            OnError::Ignore => ErrorAction::Ignore,
+            OnError::Report => ErrorAction::Report,
+            OnError::Stop => ErrorAction::Stop,
+            OnError::Auto if read => ErrorAction::Report,
+            OnError::Auto | OnError::Enospc if nospace => ErrorAction::Stop,
+            OnError::Auto | OnError::Enospc => ErrorAction::Report,
+        }
+    }
+}
+
+/// How the last stop on an error came about (`BlockDeviceIoStatus`); `cont` sets it to `Ok`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum IoStatus {
+    /// None since the last `cont`.
+    Ok,
+    /// The VM stopped because of an I/O error.
+    Failed,
+    /// The VM stopped because there was no space left.
+    NoSpace,
+}
+
+impl IoStatus {
+    /// The word on the wire.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            IoStatus::Ok => "ok",
+            IoStatus::Failed => "failed",
+            IoStatus::NoSpace => "nospace",
+        }
+    }
+}
+
+/// What a handle is made with.
+#[derive(Clone)]
+pub struct HandleSpec {
+    /// Legacy drive name, or "".
+    pub name: String,
+    /// What its user does with the root node.
+    pub uses: Perm,
+    /// What its user lets others do.
+    pub shares: Perm,
+    /// False: each write is followed by a flush (`cache=writethrough`, `directsync`).
+    pub write_cache: bool,
+    /// What to do about a failed read.
+    pub rerror: OnError,
+    /// What to do about any other failed request.
+    pub werror: OnError,
+}
+
+impl Default for HandleSpec {
+    /// A guest disk without a name: reads and writes, and lets others read and resize.
+    fn default() -> HandleSpec {
+        HandleSpec {
+            name: String::new(),
+            uses: Perm::CONSISTENT_READ | Perm::WRITE,
+            shares: Perm::CONSISTENT_READ | Perm::WRITE_UNCHANGED | Perm::RESIZE,
+            write_cache: true,
+            rerror: OnError::Auto,
+            werror: OnError::Auto,
+        }
+    }
+}
+
+/// Who stands above a handle: for events and messages.
+#[derive(Clone, Default)]
+struct Owner {
+    /// Id of the guest device, if it has one.
+    id: String,
+    /// QOM path of the guest device, or of a part of it.
+    qom_path: String,
+    events: Option<Events>,
+}
+
+type ResizeHook = Box<dyn Fn(u64) + Send + Sync>;
 
 /// See the module's head. A request takes a ticket, follows the root edge, and is done by the
-/// node there; errors are plain [`io::Error`]s (ENOMEDIUM without a node).
+/// node there; errors are plain [`io::Error`]s (ENOMEDIUM without a node, EPERM for what the
+/// handle was not opened for, EIO beyond the end).
 pub struct Handle {
     pub(super) gate: Gate,
     pub(super) root: Arc<Edge>,
+    name: String,
+    uses: AtomicU8,
+    shares: AtomicU8,
+    /// Counters of `query-blockstats`.
+    pub stats: Stats,
+    write_cache: AtomicBool,
+    policy: Mutex<(OnError, OnError)>,
+    io_status: AtomicU8,
+    owner: Mutex<Owner>,
+    resized: Mutex<Option<ResizeHook>>,
+}
+
+fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Handle {
+    /// A handle on `node`, or on nothing (no medium). The graph must know it
+    /// ([`Graph::attach`](super::graph::Graph::attach)) before anything else uses the node;
+    /// alone it serves tests.
+    pub fn new(node: Option<Arc<Node>>, spec: HandleSpec) -> Arc<Handle> {
+        Arc::new(Handle {
+            gate: Gate::default(),
+            root: Edge::new("root", node),
+            name: spec.name,
+            uses: AtomicU8::new(spec.uses.0),
+            shares: AtomicU8::new(spec.shares.0),
+            stats: Stats::default(),
+            write_cache: AtomicBool::new(spec.write_cache),
+            policy: Mutex::new((spec.rerror, spec.werror)),
+            io_status: AtomicU8::new(0),
+            owner: Mutex::new(Owner::default()),
+            resized: Mutex::new(None),
+        })
+    }
+
     fn with<T>(&self, f: impl FnOnce(&Node) -> io::Result<T>) -> io::Result<T> {
+        // Whatever delays a request on purpose must do so before this line: nobody waits with a
+        // ticket in hand.
         let _ticket = self.gate.enter();
         match self.root.node() {
             Some(node) => f(&node),
-            None => Err(io::Error::from_raw_os_error(libc::ENOMEDIUM)),
+            None => Err(errno(libc::ENOMEDIUM)),
         }
+    }
+
+    fn counted<T>(&self, kind: Kind, bytes: u64, f: impl FnOnce(&Node) -> io::Result<T>) -> io::Result<T> {
+        let clock = self.stats.clock();
+        let done = self.with(f);
+        self.stats.done(kind, bytes, clock, done.is_ok());
+        done
+    }
+
+    fn allowed(&self, perm: Perm) -> io::Result<()> {
+        if self.uses().contains(perm) { Ok(()) } else { Err(errno(libc::EPERM)) }
     }
 
     /// Length of the disk in bytes; 0 without a medium.
     pub fn len(&self) -> u64 {
-        self.with(|n| Ok(n.driver.len())).unwrap_or(0)
+        self.with(|n| Ok(n.len())).unwrap_or(0)
     }
 
     /// True when the length is 0.
@@ -38,36 +215,203 @@ impl Handle {
 
     /// What the disk needs and prefers.
     pub fn limits(&self) -> Limits {
-        self.with(|n| Ok(n.driver.limits())).unwrap_or_default()
+        self.with(|n| Ok(n.limits())).unwrap_or_default()
+    }
+
+    /// True when the node below refuses writes, or the handle was not opened for them.
+    pub fn read_only(&self) -> bool {
+        self.allowed(Perm::WRITE).is_err() || self.with(|n| Ok(n.read_only())).unwrap_or(false)
     }
 
     /// Reads `to.len()` bytes at `off`.
     pub fn read(&self, off: u64, to: &mut IovMut) -> io::Result<()> {
-        self.with(|n| n.driver.read(off, to))
+        let bytes = to.len() as u64;
+        self.counted(Kind::Read, bytes, |n| {
+            in_bounds(n, off, bytes)?;
+            n.read(off, to)
+        })
     }
 
     /// Writes all of `from` at `off`.
     pub fn write(&self, off: u64, from: &Iov, flags: Flags) -> io::Result<()> {
-        self.with(|n| n.driver.write(off, from, flags))
+        let bytes = from.len() as u64;
+        self.counted(Kind::Write, bytes, |n| {
+            self.allowed(Perm::WRITE)?;
+            in_bounds(n, off, bytes)?;
+            n.write(off, from, self.with_cache(flags))
+        })
     }
 
     /// Makes `len` bytes at `off` read as zeroes.
     pub fn zero(&self, off: u64, len: u64, flags: Flags) -> io::Result<()> {
-        self.with(|n| n.driver.zero(off, len, flags))
+        let unmap = flags.contains(Flags::MAY_UNMAP);
+        let kind = if unmap { Kind::Unmap } else { Kind::Write };
+        self.counted(kind, len, |n| {
+            self.allowed(Perm::WRITE)?;
+            in_bounds(n, off, len)?;
+            n.zero(off, len, self.with_cache(flags))
+        })
     }
 
     /// Gives `len` bytes at `off` up; a hint.
     pub fn discard(&self, off: u64, len: u64) -> io::Result<()> {
-        self.with(|n| n.driver.discard(off, len))
+        self.counted(Kind::Unmap, len, |n| {
+            self.allowed(Perm::WRITE)?;
+            in_bounds(n, off, len)?;
+            n.discard(off, len)
+        })
     }
 
     /// Makes all completed writes durable.
     pub fn flush(&self) -> io::Result<()> {
-        self.with(|n| n.driver.flush())
+        self.counted(Kind::Flush, 0, Node::flush)
     }
 
     /// What is at `off`.
     pub fn status(&self, off: u64, len: u64) -> io::Result<Extent> {
-        self.with(|n| n.driver.status(off, len))
+        self.with(|n| n.status(off, len))
+    }
+
+    fn with_cache(&self, flags: Flags) -> Flags {
+        if self.write_cache() { flags } else { flags | Flags::FUA }
+    }
+
+    /// The device refused a request of this kind before it came here (out of range, misaligned).
+    pub fn invalid(&self, kind: Kind) {
+        self.stats.invalid(kind);
+    }
+
+    /// True: a write may stay in a cache until the guest flushes. The device tells the guest so
+    /// (virtio-blk's `writeback`), and may change it when the guest asks.
+    pub fn write_cache(&self) -> bool {
+        self.write_cache.load(Ordering::Relaxed)
+    }
+
+    /// Sets [`Handle::write_cache`].
+    pub fn set_write_cache(&self, on: bool) {
+        self.write_cache.store(on, Ordering::Relaxed);
+    }
+
+    /// A guest request failed: decides what to do, notes it, and tells the control thread. See
+    /// the module's head for what the device does next.
+    pub fn on_error(&self, read: bool, e: &io::Error) -> ErrorAction {
+        let code = e.raw_os_error();
+        let nospace = code == Some(libc::ENOSPC);
+        let (rerror, werror) = *lock(&self.policy);
+        let action = if read { rerror } else { werror }.action(read, nospace);
+        if action == ErrorAction::Stop {
+            let status = if nospace { IoStatus::NoSpace } else { IoStatus::Failed };
+            // The first one stays, as in QEMU, until `cont`.
+            let _ = self.io_status.compare_exchange(0, status as u8, Ordering::Relaxed, Ordering::Relaxed);
+        }
+        let owner = lock(&self.owner).clone();
+        if let Some(events) = owner.events {
+            events.post(Event::BlockIoError(BlockIoError {
+                qom_path: owner.qom_path,
+                device: self.name.clone(),
+                node_name: self.root.node().map(|n| n.name.clone()),
+                read,
+                action,
+                nospace,
+                reason: crate::error::strerror(e),
+            }));
+        }
+        action
+    }
+
+    /// How the last stop on an error came about.
+    pub fn io_status(&self) -> IoStatus {
+        match self.io_status.load(Ordering::Relaxed) {
+            0 => IoStatus::Ok,
+            1 => IoStatus::Failed,
+            _ => IoStatus::NoSpace,
+        }
+    }
+
+    /// `cont`: whatever stopped the VM is over.
+    pub fn reset_io_status(&self) {
+        self.io_status.store(0, Ordering::Relaxed);
+    }
+
+    /// The policy for failed reads and for all others.
+    pub fn policy(&self) -> (OnError, OnError) {
+        *lock(&self.policy)
+    }
+
+    /// Sets the policy for failed reads and for all others.
+    pub fn set_policy(&self, rerror: OnError, werror: OnError) {
+        *lock(&self.policy) = (rerror, werror);
+    }
+
+    /// Legacy drive name, or "".
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The guest device that uses this handle from now on: its id ("" without one), its QOM path,
+    /// and where its errors are posted. Control thread.
+    pub fn set_owner(&self, id: &str, qom_path: &str, events: Option<Events>) {
+        *lock(&self.owner) = Owner { id: id.into(), qom_path: qom_path.into(), events };
+    }
+
+    /// QOM path of the guest device, or of the part of it that has the disk; "" without one.
+    pub fn qom_path(&self) -> String {
+        lock(&self.owner).qom_path.clone()
+    }
+
+    /// Calls `hook` with the new length whenever the disk's length or medium changes: on the
+    /// control thread, with this handle's gate open. It must not wait for a worker.
+    pub fn on_resize(&self, hook: Option<Box<dyn Fn(u64) + Send + Sync>>) {
+        *lock(&self.resized) = hook;
+    }
+
+    /// The graph has changed the length below.
+    pub(super) fn resized(&self) {
+        let len = self.len();
+        if let Some(hook) = &*lock(&self.resized) {
+            hook(len);
+        }
+    }
+
+    /// The root node, if there is a medium. Control thread.
+    pub fn node(&self) -> Option<Arc<Node>> {
+        self.root.node()
+    }
+
+    /// What the user does with the node.
+    pub fn uses(&self) -> Perm {
+        Perm(self.uses.load(Ordering::Relaxed))
+    }
+
+    /// What the user lets others do.
+    pub fn shares(&self) -> Perm {
+        Perm(self.shares.load(Ordering::Relaxed))
+    }
+
+    /// Only the graph calls it, which then checks the whole graph.
+    pub(super) fn set_perm(&self, uses: Perm, shares: Perm) {
+        self.uses.store(uses.0, Ordering::Relaxed);
+        self.shares.store(shares.0, Ordering::Relaxed);
+    }
+
+    /// How messages about permissions name this user.
+    pub fn describe(&self) -> String {
+        let id = lock(&self.owner).id.clone();
+        match (self.name.is_empty(), id.is_empty()) {
+            (false, _) => format!("block device '{}'", self.name),
+            (true, false) => format!("block device '{id}'"),
+            (true, true) => "an unnamed block device".into(),
+        }
     }
 }
+
+fn in_bounds(node: &Node, off: u64, n: u64) -> io::Result<()> {
+    match off.checked_add(n) {
+        Some(end) if end <= node.len() => Ok(()),
+        _ => Err(errno(libc::EIO)),
+    }
+}
+
+#[cfg(test)]
+#[path = "handle_test.rs"]
+mod tests;

@@ -9,3 +9,7 @@ pub mod driver;
 pub mod gate;
 pub mod handle;
 pub mod node;
+mod serial;
+pub mod stats;
+#[cfg(test)]
+pub mod testing;

@@ -121,6 +121,13 @@ impl<'a> Iov<'a> {
     pub fn is_aligned(&self, align: usize) -> bool {
         self.vec.iter().all(|p| (p.iov_base as usize | p.iov_len) & (align - 1) == 0)
     }
+
+    /// True when every piece's address is a multiple of `address`, and its length one of `len`
+    /// (both powers of two): what O_DIRECT wants.
+    pub fn fits(&self, address: usize, len: usize) -> bool {
+        let fit = |p: &libc::iovec| p.iov_base as usize & (address - 1) == 0 && p.iov_len & (len - 1) == 0;
+        self.vec.iter().all(fit)
+    }
 }
 
 impl Default for Iov<'_> {

@@ -1,5 +1,6 @@
 //! System calls behind small safe functions. Knows nothing of virtual machines.
 
+pub mod buf;
 pub mod inbox;
 pub mod iov;
 pub mod poll;

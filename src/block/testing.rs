@@ -1,0 +1,146 @@
+//! For tests: a driver on plain memory that checks what it is asked, and a small random source.
+
+use super::driver::{Driver, Extent, ExtentKind, Flags, Limits};
+use super::node::errno;
+use crate::sys::iov::{Iov, IovMut};
+use std::io;
+use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+
+/// xorshift64*: small, seeded, good enough to choose test cases.
+pub struct Rng(pub u64);
+
+impl Rng {
+    /// The next number.
+    pub fn draw(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    /// A number below `n`.
+    pub fn below(&mut self, n: u64) -> u64 {
+        self.draw() % n
+    }
+}
+
+/// The outside of a [`Mem`]: its bytes, and what it counts.
+#[derive(Default)]
+pub struct MemState {
+    /// The disk.
+    pub data: Mutex<Vec<u8>>,
+    /// Flushes seen.
+    pub flushes: AtomicUsize,
+    /// Zero requests seen.
+    pub zeroes: AtomicUsize,
+    /// Discards seen.
+    pub discards: AtomicUsize,
+    /// When not 0: every request fails with this errno (after doing half of a write).
+    pub fail: AtomicI32,
+}
+
+/// A disk in memory.
+pub struct Mem {
+    /// What the test keeps a hand on.
+    pub state: Arc<MemState>,
+    /// The limits it insists on.
+    pub limits: Limits,
+    /// Grows with writes.
+    pub grows: bool,
+    /// Answers ENOTSUP to zero requests.
+    pub no_zero: bool,
+}
+
+impl Mem {
+    /// `len` zero bytes without special needs.
+    pub fn new(len: usize) -> Mem {
+        let state = Arc::new(MemState::default());
+        *state.data.lock().unwrap() = vec![0; len];
+        Mem { state, limits: Limits::default(), grows: false, no_zero: false }
+    }
+
+    fn check(&self, off: u64, len: u64) -> io::Result<()> {
+        let align = u64::from(self.limits.request_alignment);
+        assert!(len > 0, "empty request");
+        assert_eq!((off | len) % align, 0, "misaligned request {off}+{len}");
+        match self.state.fail.load(Ordering::SeqCst) {
+            0 => Ok(()),
+            code => Err(errno(code)),
+        }
+    }
+}
+
+impl Driver for Mem {
+    fn name(&self) -> &'static str {
+        "mem"
+    }
+    fn len(&self) -> u64 {
+        self.state.data.lock().unwrap().len() as u64
+    }
+    fn grows(&self) -> bool {
+        self.grows
+    }
+    fn limits(&self) -> Limits {
+        self.limits
+    }
+    fn read(&self, off: u64, to: &mut IovMut) -> io::Result<()> {
+        self.check(off, to.len() as u64)?;
+        let limits = self.limits;
+        assert!(to.as_source().fits(limits.memory_alignment as usize, limits.request_alignment as usize));
+        let data = self.state.data.lock().unwrap();
+        let off = off as usize;
+        let n = to.len().min(data.len() - off);
+        to.copy_from(0, &data[off..off + n]);
+        to.fill(n, to.len() - n, 0);
+        Ok(())
+    }
+    fn write(&self, off: u64, from: &Iov, _flags: Flags) -> io::Result<()> {
+        let limits = self.limits;
+        assert!(from.fits(limits.memory_alignment as usize, limits.request_alignment as usize));
+        let failed = self.check(off, from.len() as u64);
+        let bytes = from.to_vec();
+        let n = if failed.is_err() { bytes.len() / 2 } else { bytes.len() };
+        let mut data = self.state.data.lock().unwrap();
+        let end = off as usize + n;
+        if end > data.len() {
+            assert!(self.grows || end - data.len() < self.limits.request_alignment as usize);
+            data.resize(end, 0);
+        }
+        data[off as usize..end].copy_from_slice(&bytes[..n]);
+        failed
+    }
+    fn zero(&self, off: u64, len: u64, _flags: Flags) -> io::Result<()> {
+        self.check(off, len)?;
+        if self.no_zero {
+            return Err(errno(libc::ENOTSUP));
+        }
+        self.state.zeroes.fetch_add(1, Ordering::SeqCst);
+        let mut data = self.state.data.lock().unwrap();
+        let end = (off + len) as usize;
+        if end > data.len() {
+            data.resize(end, 0);
+        }
+        data[off as usize..end].fill(0);
+        Ok(())
+    }
+    fn discard(&self, off: u64, len: u64) -> io::Result<()> {
+        self.check(off, len)?;
+        self.state.discards.fetch_add(1, Ordering::SeqCst);
+        Ok(())
+    }
+    fn flush(&self) -> io::Result<()> {
+        self.state.flushes.fetch_add(1, Ordering::SeqCst);
+        match self.state.fail.load(Ordering::SeqCst) {
+            0 => Ok(()),
+            code => Err(errno(code)),
+        }
+    }
+    fn status(&self, off: u64, len: u64) -> io::Result<Extent> {
+        Ok(Extent { kind: ExtentKind::Data, len, host_offset: Some(off) })
+    }
+    fn resize(&self, len: u64) -> io::Result<()> {
+        self.state.data.lock().unwrap().resize(len as usize, 0);
+        Ok(())
+    }
+}
