@@ -17,6 +17,9 @@
 
 pub mod block;
 pub mod chardev;
+pub mod config;
+mod config_tables;
+pub mod config_tree;
 pub mod control;
 pub mod devices;
 pub mod error;
