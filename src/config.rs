@@ -131,13 +131,14 @@ impl Table {
     pub fn fault(&self, error: &str) -> Fault {
         let header = self.kind.header();
         for prefix in ["Parameter '", "Property '", "Invalid parameter '"] {
-            let Some((name, rest)) = error.strip_prefix(prefix).and_then(|r| r.split_once('\'')) else { continue };
+            let Some((name, rest)) = error.strip_prefix(prefix).and_then(|r| r.split_once('\'')) else {
+                continue;
+            };
             let text = format!("{header} '{name}'{rest}");
             return Fault::new(self.item.place_of(name), text);
         }
-        if let Some((name, want)) = error
-            .strip_prefix("Invalid parameter type for '")
-            .and_then(|r| r.split_once("', expected: "))
+        if let Some((name, want)) =
+            error.strip_prefix("Invalid parameter type for '").and_then(|r| r.split_once("', expected: "))
         {
             return Fault::new(self.item.place_of(name), format!("{header} '{name}' must be of type {want}"));
         }

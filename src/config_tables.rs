@@ -133,9 +133,8 @@ fn machine(mut r: Reader) -> Result<Settings, Fault> {
     let d = Settings::default();
     let name = r.string("name")?;
     let uuid = match r.string("uuid")? {
-        Some(s) => parse_uuid(&s).ok_or_else(|| {
-            r.fault("uuid", "expects a UUID (550e8400-e29b-41d4-a716-446655440000)")
-        })?,
+        Some(s) => parse_uuid(&s)
+            .ok_or_else(|| r.fault("uuid", "expects a UUID (550e8400-e29b-41d4-a716-446655440000)"))?,
         None => d.uuid,
     };
     let memory = r.size("memory")?.unwrap_or(d.memory);
@@ -229,10 +228,8 @@ fn qmp(mut r: Reader) -> Result<Qmp, Fault> {
 }
 
 fn serial(mut r: Reader) -> Result<Serial, Fault> {
-    let ends = [
-        r.boolean("stdio")?.filter(|&b| b).map(|_| SerialEnd::Stdio),
-        r.path("file")?.map(SerialEnd::File),
-    ];
+    let ends =
+        [r.boolean("stdio")?.filter(|&b| b).map(|_| SerialEnd::Stdio), r.path("file")?.map(SerialEnd::File)];
     let end = r.one_of(ends, "'stdio = true' or 'file'")?;
     r.finish()?;
     Ok(Serial { end, at: r.item.at.clone() })
@@ -391,7 +388,8 @@ impl<'a> Reader<'a> {
         match self.members().iter().find(|m| !self.known.contains(&m.key.as_str())) {
             None => Ok(()),
             Some(m) => {
-                let text = format!("{} '{}' is unknown (there are: {})", self.header, m.key, self.known.join(", "));
+                let text =
+                    format!("{} '{}' is unknown (there are: {})", self.header, m.key, self.known.join(", "));
                 Err(Fault::new(&m.at, text))
             }
         }

@@ -61,7 +61,10 @@ fn overrides_reach_every_part() {
     for (set, want) in [
         ("drive.7.id = 'x'", "--set 'drive.7.id = 'x'': there is no element 7: the array has 1"),
         ("drive.q.id = 'x'", "--set 'drive.q.id = 'x'': no element has index, id or node-name 'q'"),
-        ("machine.cpus = 65", "--set 'machine.cpus = 65': [machine] 'cpus' must be a number from 1 to 64, not 65"),
+        (
+            "machine.cpus = 65",
+            "--set 'machine.cpus = 65': [machine] 'cpus' must be a number from 1 to 64, not 65",
+        ),
         ("machine.name = vm7", "a string needs quotes"),
         ("", "sets nothing"),
         ("nope.x = 1", "unknown table 'nope'"),
@@ -85,18 +88,26 @@ fn topology_is_filled_in_as_qemu_does() {
         assert_eq!((s.cpus, s.max_cpus, s.sockets, s.cores, s.threads), want, "{text}");
     }
     let text = "[machine]\ncpus = 3\nmax-cpus = 5\nsockets = 2\n";
-    assert!(error(text).starts_with("c.toml:3:1: [machine] 'max-cpus' the topology does not match"), "{}", error(text));
+    assert!(
+        error(text).starts_with("c.toml:3:1: [machine] 'max-cpus' the topology does not match"),
+        "{}",
+        error(text)
+    );
 }
 
 #[test]
 fn an_error_of_a_command_is_placed_at_its_argument() {
-    let config = parse("[[blockdev]]\ndriver = 'raw'\n  file.filename = 1\nlist = [{}, {a = 1}]\n", &[]).unwrap();
+    let config =
+        parse("[[blockdev]]\ndriver = 'raw'\n  file.filename = 1\nlist = [{}, {a = 1}]\n", &[]).unwrap();
     let shown = |text: &str| config.sources.message(&config.tables[0].fault(text));
     assert_eq!(
         shown("Invalid parameter type for 'file.filename', expected: string"),
         "c.toml:3:8: [[blockdev]] 'file.filename' must be of type string"
     );
-    assert_eq!(shown("Parameter 'list[1].a' is unexpected"), "c.toml:4:14: [[blockdev]] 'list[1].a' is unexpected");
+    assert_eq!(
+        shown("Parameter 'list[1].a' is unexpected"),
+        "c.toml:4:14: [[blockdev]] 'list[1].a' is unexpected"
+    );
     assert_eq!(shown("Parameter 'node-name' is missing"), "c.toml:1:1: [[blockdev]] 'node-name' is missing");
     assert_eq!(shown("No such file"), "c.toml:1:1: [[blockdev]] No such file");
 }

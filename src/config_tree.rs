@@ -202,9 +202,7 @@ fn item(value: &Spanned<DeValue<'_>>, source: usize) -> Result<Item, Fault> {
             _ => return Err(Fault::new(&at, "not a finite number")),
         },
         DeValue::Datetime(_) => return Err(Fault::new(&at, "a date has no use here")),
-        DeValue::Array(a) => {
-            Node::Array(a.iter().map(|v| item(v, source)).collect::<Result<_, _>>()?)
-        }
+        DeValue::Array(a) => Node::Array(a.iter().map(|v| item(v, source)).collect::<Result<_, _>>()?),
         DeValue::Table(t) => Node::Table(members(t, source)?),
     };
     Ok(Item { at, node })
