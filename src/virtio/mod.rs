@@ -7,3 +7,4 @@
 pub mod device;
 pub mod kick;
 pub mod queue;
+pub mod worker;
