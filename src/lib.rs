@@ -17,9 +17,6 @@
 
 pub mod block;
 pub mod chardev;
-pub mod config;
-mod config_tables;
-pub mod config_tree;
 pub mod control;
 pub mod devices;
 pub mod error;

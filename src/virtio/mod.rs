@@ -4,7 +4,8 @@
 //! space), which the transport shows to the guest, and its work ([`device::Worker`]), which the
 //! loop in `worker.rs` runs on a thread that exists only between DRIVER_OK and reset.
 
+pub mod blk;
+mod blk_io;
 pub mod device;
 pub mod kick;
 pub mod queue;
-pub mod worker;
