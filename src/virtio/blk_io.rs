@@ -187,7 +187,8 @@ impl Disk {
         let data_out = readable.len() - HEADER;
         match word {
             T_IN => {
-                let off = self.check(sector, data_in as u64).ok_or(Bad::Request(S_IOERR, Some(Kind::Read)))?;
+                let off =
+                    self.check(sector, data_in as u64).ok_or(Bad::Request(S_IOERR, Some(Kind::Read)))?;
                 Ok(Op::Read(off))
             }
             T_OUT => {
