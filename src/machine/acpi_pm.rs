@@ -74,7 +74,9 @@ impl BusDevice for AcpiPm {
     fn write(&self, off: u64, data: &[u8]) -> Effect {
         const SLP_EN: u8 = 1 << 5;
         match (off as u16, data) {
-            (SLEEP_CONTROL, [v]) if v & SLP_EN != 0 && v >> 2 & 7 == SLP_TYP_S5 => Effect::Post(Event::Shutdown),
+            (SLEEP_CONTROL, [v]) if v & SLP_EN != 0 && v >> 2 & 7 == SLP_TYP_S5 => {
+                Effect::Post(Event::Shutdown)
+            }
             (RESET, [RESET_VALUE]) => Effect::Post(Event::Reset),
             _ => Effect::None,
         }

@@ -23,7 +23,12 @@ impl Default for Topology {
 impl Topology {
     /// The arrangement of `cpus` processors; what is None is computed as QEMU's `-smp` does since
     /// 6.2: one thread a core, one socket, and the rest cores.
-    pub fn new(cpus: u32, sockets: Option<u32>, cores: Option<u32>, threads: Option<u32>) -> Result<Topology> {
+    pub fn new(
+        cpus: u32,
+        sockets: Option<u32>,
+        cores: Option<u32>,
+        threads: Option<u32>,
+    ) -> Result<Topology> {
         if [Some(cpus), sockets, cores, threads].contains(&Some(0)) {
             bail!("Invalid CPU topology: CPU topology parameters must be greater than zero");
         }

@@ -33,13 +33,17 @@ impl Mem {
         let huge = layout.low + layout.high >= HUGE_FROM;
         let mut regions = Vec::new();
         for (start, len) in layout.ram() {
-            let fail = |e: &dyn std::fmt::Display| Error::new(format!("cannot map {len} bytes of guest memory: {e}"));
+            let fail = |e: &dyn std::fmt::Display| {
+                Error::new(format!("cannot map {len} bytes of guest memory: {e}"))
+            };
             let len = usize::try_from(len).map_err(|e| fail(&e))?;
             let region = map_aligned(len, huge).map_err(|e| fail(&strerror(&e)))?;
-            let region = GuestRegionMmap::new(region, GuestAddress(start)).ok_or_else(|| fail(&"it wraps around"))?;
+            let region =
+                GuestRegionMmap::new(region, GuestAddress(start)).ok_or_else(|| fail(&"it wraps around"))?;
             regions.push(region);
         }
-        let map = GuestMemoryMmap::from_regions(regions).map_err(|e| Error::new(format!("guest memory: {e}")))?;
+        let map =
+            GuestMemoryMmap::from_regions(regions).map_err(|e| Error::new(format!("guest memory: {e}")))?;
         Ok(Mem::new(map))
     }
 

@@ -121,7 +121,9 @@ impl Machine {
         };
         let phys_bits = 39;
         let layout = Layout::new(memory, phys_bits).ok_or_else(|| {
-            Error::new(format!("memory of {memory} bytes does not fit into {phys_bits} bits of physical address"))
+            Error::new(format!(
+                "memory of {memory} bytes does not fit into {phys_bits} bits of physical address"
+            ))
         })?;
         let mem = Mem::for_layout(&layout)?;
         let vm = kvm.as_ref().map(|kvm| kvm::Vm::new(kvm, &mem)).transpose()?;
