@@ -16,12 +16,11 @@ pub mod kvm;
 pub mod layout;
 pub mod memory;
 
-use self::acpi_pm::{self, AcpiPm};
+use self::acpi_pm::AcpiPm;
 use self::bus::Bus;
 use self::cpu::Topology;
 use self::irq::{Controllers, Interrupts, Line};
-use self::kvm;
-use self::layout::{self, Layout};
+use self::layout::Layout;
 use self::memory::Mem;
 use crate::bail;
 use crate::error::{Error, Result};
