@@ -15,6 +15,7 @@
 //! qapi/       sys/        error.rs    event.rs
 //! ```
 
+pub mod args;
 pub mod block;
 pub mod chardev;
 pub mod control;

@@ -3,6 +3,7 @@
 pub mod buf;
 pub mod inbox;
 pub mod iov;
+pub mod log;
 pub mod poll;
 pub mod thread;
 pub mod tun;
