@@ -18,6 +18,9 @@
 pub mod args;
 pub mod block;
 pub mod chardev;
+pub mod config;
+mod config_tables;
+pub mod config_tree;
 pub mod control;
 pub mod devices;
 pub mod error;

@@ -45,11 +45,13 @@ impl Kick {
         fence(Ordering::SeqCst);
     }
 
-    /// The thread does not sleep, or no longer.
-    pub fn rise(&self) {
-        if !self.asleep.swap(false, Ordering::SeqCst) {
-            // Somebody woke us: the descriptor is readable, or will be in a moment (then the next
-            // sleep is a short one).
+    /// The thread does not sleep, or no longer; `readable` is what poll(2) said of the descriptor.
+    /// (A waker that cleared the flag may write a moment later: then the next sleep is a short one,
+    /// and finds the descriptor readable without having been woken.)
+    pub fn rise(&self, readable: bool) {
+        self.asleep.store(false, Ordering::SeqCst);
+        if readable {
+            // EAGAIN cannot be: one thread reads. If it were, nothing would be lost.
             let _ = self.fd.read();
         }
     }
@@ -90,12 +92,19 @@ impl Waker {
         self.kick.wake();
     }
 
+    /// True when there are marks.
+    pub fn is_marked(&self) -> bool {
+        self.pending.load(Ordering::SeqCst) != 0
+    }
+
+    /// Marks without waking: by the thread itself.
+    pub fn mark(&self, index: u16) {
+        self.pending.fetch_or(Waker::bit(index), Ordering::SeqCst);
+    }
+
     /// Takes the marks.
     pub fn take(&self) -> u64 {
-        match self.pending.load(Ordering::SeqCst) {
-            0 => 0,
-            _ => self.pending.swap(0, Ordering::SeqCst),
-        }
+        if self.is_marked() { self.pending.swap(0, Ordering::SeqCst) } else { 0 }
     }
 
     /// True when the thread sleeps.

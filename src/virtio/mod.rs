@@ -9,3 +9,4 @@ mod blk_io;
 pub mod device;
 pub mod kick;
 pub mod queue;
+pub mod worker;

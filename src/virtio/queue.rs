@@ -37,13 +37,36 @@ pub struct Setup {
     pub used: u64,
 }
 
+/// Whether the queues of a device give requests. One for all of them.
+#[derive(Debug, Default)]
+pub struct Halt {
+    paused: AtomicBool,
+    broken: AtomicBool,
+}
+
+impl Halt {
+    /// Pauses, or goes on.
+    pub fn pause(&self, paused: bool) {
+        self.paused.store(paused, Ordering::SeqCst);
+    }
+
+    /// For good: the device needs a reset.
+    pub fn break_down(&self) {
+        self.broken.store(true, Ordering::SeqCst);
+    }
+
+    /// True when no request is to be taken.
+    pub fn is_set(&self) -> bool {
+        self.paused.load(Ordering::SeqCst) || self.broken.load(Ordering::SeqCst)
+    }
+}
+
 /// One queue between DRIVER_OK and reset.
 pub struct Queue {
     index: u16,
     mem: Mem,
     transport: Arc<dyn Transport>,
-    /// One for all queues of the device: set, pops give nothing.
-    halted: Arc<AtomicBool>,
+    halt: Arc<Halt>,
     workers: OnceLock<Vec<Waker>>,
     ring: Mutex<Ring>,
 }
@@ -86,8 +109,8 @@ pub struct Chain<'q> {
 
 impl Queue {
     /// A queue that is not enabled yet.
-    pub fn new(index: u16, mem: Mem, transport: Arc<dyn Transport>, halted: Arc<AtomicBool>) -> Queue {
-        Queue { index, mem, transport, halted, workers: OnceLock::new(), ring: Mutex::new(Ring::default()) }
+    pub fn new(index: u16, mem: Mem, transport: Arc<dyn Transport>, halt: Arc<Halt>) -> Queue {
+        Queue { index, mem, transport, halt, workers: OnceLock::new(), ring: Mutex::new(Ring::default()) }
     }
 
     /// Its number in the device.
@@ -127,7 +150,7 @@ impl Queue {
 
     /// The next request; None when there is none, the device is paused or the queue is not in use.
     pub fn pop(&self) -> Option<Chain<'_>> {
-        if self.halted.load(Ordering::SeqCst) {
+        if self.halt.is_set() {
             return None;
         }
         let mut ring = self.lock();
@@ -163,7 +186,7 @@ impl Queue {
 
     /// True when [`Queue::pop`] would give a request. When not, the next buffer brings a kick.
     pub fn has_work(&self) -> bool {
-        if self.halted.load(Ordering::SeqCst) {
+        if self.halt.is_set() {
             return false;
         }
         let mut ring = self.lock();
@@ -251,10 +274,15 @@ impl Queue {
         }
     }
 
+    /// Has every worker look, whatever the ring says.
+    pub(super) fn kick_workers(&self) {
+        self.workers().iter().for_each(|w| w.kick(self.index));
+    }
+
     /// For the worker loop, before it sleeps: has the driver kick from now on if the last pop
     /// found nothing, and returns true when something has come meanwhile.
     pub(super) fn prepare_sleep(&self) -> bool {
-        if self.halted.load(Ordering::SeqCst) {
+        if self.halt.is_set() {
             return false;
         }
         let mut ring = self.lock();
@@ -262,7 +290,8 @@ impl Queue {
             return false;
         }
         let more = match ring.live.as_mut() {
-            Some(live) if live.hungry => live.enable_kicks(),
+            // If the worker leaves what has come, it does so on purpose: no second call for it.
+            Some(live) if live.hungry => live.enable_kicks().inspect(|&more| live.hungry = !more),
             _ => Ok(false),
         };
         drop(ring);
@@ -289,6 +318,7 @@ impl Queue {
 
     fn fail(&self, why: &str) {
         self.lock().live = None;
+        self.halt.break_down();
         self.transport.needs_reset(&format!("queue {}: {why}", self.index));
     }
 }
