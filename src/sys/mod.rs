@@ -1,9 +1,11 @@
 //! System calls behind small safe functions. Knows nothing of virtual machines.
 
 pub mod buf;
+pub mod fdio;
 pub mod inbox;
 pub mod iov;
 pub mod log;
 pub mod poll;
 pub mod thread;
+pub mod tty;
 pub mod tun;

@@ -1,0 +1,98 @@
+//! poll(2) and writes that do not block, on file descriptors that others may share.
+//!
+//! Owns: nothing. Threads: any. Locks: none.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::time::Duration;
+
+/// A poll entry; without a descriptor one that poll(2) ignores.
+pub fn pollfd(fd: Option<RawFd>, events: libc::c_short) -> libc::pollfd {
+    libc::pollfd { fd: fd.unwrap_or(-1), events, revents: 0 }
+}
+
+/// Waits until one of `fds` is ready, `limit` is over (rounded up to milliseconds; beyond 24 days
+/// it is for ever) or a signal comes. Returns how many are ready.
+pub fn poll(fds: &mut [libc::pollfd], limit: Duration) -> io::Result<usize> {
+    let ms = limit.as_nanos().div_ceil(1_000_000).try_into().unwrap_or(-1);
+    let count = fds.len() as libc::nfds_t;
+    // SAFETY: `fds` is valid for `count` entries during the call.
+    let ready = unsafe { libc::poll(fds.as_mut_ptr(), count, ms) };
+    match usize::try_from(ready) {
+        Ok(ready) => Ok(ready),
+        Err(_) => match io::Error::last_os_error() {
+            e if e.kind() == io::ErrorKind::Interrupted => {
+                fds.iter_mut().for_each(|fd| fd.revents = 0);
+                Ok(0)
+            }
+            e => Err(e),
+        },
+    }
+}
+
+/// An output file that is written without blocking, although its blocking mode is shared with
+/// other processes (the shell that started us) and must stay as it is.
+pub struct Output {
+    file: File,
+    kind: Kind,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Kind {
+    /// Regular files and what we opened ourselves: write(2) does the right thing.
+    Plain,
+    /// A socket: send(2) with MSG_DONTWAIT.
+    Socket,
+    /// A pipe or terminal that could not be opened again: ask poll(2), then write at most what a
+    /// pipe takes at once.
+    Shared,
+}
+
+impl Output {
+    /// Output to `file`, of whatever kind it is.
+    pub fn new(file: File) -> io::Result<Output> {
+        let kind = file.metadata()?.file_type();
+        if kind.is_socket() {
+            return Ok(Output { file, kind: Kind::Socket });
+        }
+        if !kind.is_fifo() && !kind.is_char_device() {
+            return Ok(Output { file, kind: Kind::Plain });
+        }
+        // A new open file description: its O_NONBLOCK is our own.
+        let again = OpenOptions::new()
+            .write(true)
+            .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+            .open(format!("/proc/self/fd/{}", file.as_raw_fd()));
+        match again {
+            Ok(file) => Ok(Output { file, kind: Kind::Plain }),
+            Err(_) => Ok(Output { file, kind: Kind::Shared }),
+        }
+    }
+
+    /// What to poll.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        std::os::fd::AsFd::as_fd(&self.file)
+    }
+
+    /// Writes some of `data`, or fails with `WouldBlock`.
+    pub fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        match self.kind {
+            Kind::Plain => self.file.write(data),
+            Kind::Socket => {
+                let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+                // SAFETY: `data` is readable for its length.
+                let n = unsafe { libc::send(self.file.as_raw_fd(), data.as_ptr().cast(), data.len(), flags) };
+                usize::try_from(n).map_err(|_| io::Error::last_os_error())
+            }
+            Kind::Shared => {
+                let mut fds = [pollfd(Some(self.file.as_raw_fd()), libc::POLLOUT)];
+                if poll(&mut fds, Duration::ZERO)? == 0 {
+                    return Err(io::ErrorKind::WouldBlock.into());
+                }
+                self.file.write(&data[..data.len().min(libc::PIPE_BUF)])
+            }
+        }
+    }
+}
