@@ -214,8 +214,10 @@ impl Chardev {
         let Some(backend) = queues.backend.take() else { return };
         let (shared, label) = (self.shared.clone(), self.label.clone());
         let pump = Pump { shared, label, backend, writing: Vec::new(), written: 0, blocked: false };
-        let thread =
-            std::thread::Builder::new().name("chardev".to_string()).stack_size(STACK).spawn(move || pump.run());
+        let thread = std::thread::Builder::new()
+            .name("chardev".to_string())
+            .stack_size(STACK)
+            .spawn(move || pump.run());
         match thread {
             Ok(thread) => {
                 queues.running = true;

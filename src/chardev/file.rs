@@ -37,6 +37,10 @@ pub fn open(label: &str, path: &Path, append: bool) -> io::Result<Arc<Chardev>> 
     // Non-blocking for the sake of a FIFO, whose open would wait for a reader.
     let mut options = OpenOptions::new();
     options.create(true).mode(0o666).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
-    if append { options.append(true) } else { options.write(true).truncate(true) };
+    if append {
+        options.append(true)
+    } else {
+        options.write(true).truncate(true)
+    };
     Chardev::new(label, Box::new(FileBackend(Output::new(options.open(path)?)?)))
 }

@@ -117,7 +117,9 @@ impl Cmos {
         if state.runs() {
             let now = (self.clock)() + state.offset;
             match at {
-                SECONDS | MINUTES | HOURS | WEEKDAY | DAY | MONTH | YEAR | CENTURY_BYTE => state.show(seconds(now)),
+                SECONDS | MINUTES | HOURS | WEEKDAY | DAY | MONTH | YEAR | CENTURY_BYTE => {
+                    state.show(seconds(now))
+                }
                 REG_A if NANOS - now.rem_euclid(NANOS) <= UIP_NANOS => return state.ram[REG_A] | UIP,
                 REG_C => return state.flags(seconds(now)),
                 _ => {}
@@ -208,7 +210,8 @@ impl State {
 
     /// Makes the registers the time, `fraction` of a second gone; says how far that is from `now`.
     fn set(&mut self, now: i128, fraction: i128) -> Effect {
-        let year = i64::from(self.decode(self.ram[CENTURY_BYTE])) * 100 + i64::from(self.decode(self.ram[YEAR]));
+        let year =
+            i64::from(self.decode(self.ram[CENTURY_BYTE])) * 100 + i64::from(self.decode(self.ram[YEAR]));
         let days = days(year, self.decode(self.ram[MONTH]), self.decode(self.ram[DAY]));
         let time = days * 86_400
             + i64::from(self.decode_hour(self.ram[HOURS])) * 3600

@@ -71,7 +71,8 @@ fn setting_the_time_the_way_linux_does() {
     assert_eq!(put(&cmos, 11, SET | HOUR24), None);
     assert_eq!(put(&cmos, 10, 0x76), None);
     // One hour and ten seconds ahead.
-    for (index, value) in [(9, 0x26), (8, 0x11), (7, 0x23), (4, 0x15), (2, 0x05), (0, 0x19), (CENTURY, 0x20)] {
+    for (index, value) in [(9, 0x26), (8, 0x11), (7, 0x23), (4, 0x15), (2, 0x05), (0, 0x19), (CENTURY, 0x20)]
+    {
         assert_eq!(put(&cmos, index, value), None);
     }
     now.fetch_add(5000, Ordering::Relaxed);
@@ -138,7 +139,9 @@ fn memory_keeps_what_is_written_and_the_clock_is_not_memory() {
 #[test]
 fn nothing_a_guest_does_panics() {
     let cmos = Cmos::new();
-    hammer(&cmos, LEN, 100_000, |effect| assert!(matches!(effect, Effect::None | Effect::Post(Event::RtcChange { .. }))));
+    hammer(&cmos, LEN, 100_000, |effect| {
+        assert!(matches!(effect, Effect::None | Effect::Post(Event::RtcChange { .. })))
+    });
     // Every register with every value, running and not.
     for b in [0u8, SET, BINARY, BINARY | SET, HOUR24] {
         for index in 0..128 {

@@ -179,7 +179,9 @@ extern "C" fn on_fatal(signal: libc::c_int, info: *mut libc::siginfo_t, _: *mut 
     unsafe {
         libc::sigaction(signal, (*SAVED.actions.get())[n].as_ptr(), std::ptr::null_mut());
         // A fault comes again by itself when we return; what was sent must be sent again.
-        if (*info).si_code <= 0 || !matches!(signal, libc::SIGSEGV | libc::SIGBUS | libc::SIGILL | libc::SIGFPE) {
+        if (*info).si_code <= 0
+            || !matches!(signal, libc::SIGSEGV | libc::SIGBUS | libc::SIGILL | libc::SIGFPE)
+        {
             libc::raise(signal);
         }
     }
