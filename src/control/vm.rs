@@ -6,6 +6,7 @@
 use super::state::RunState;
 use crate::error::{Error, Result};
 use crate::event::{BlockIoError, ErrorAction, Event, Events};
+use crate::sys::fdset::FdSets;
 use crate::sys::inbox::Inbox;
 use serde_json::{Map, Value, json};
 use std::io;
@@ -148,6 +149,8 @@ pub struct Vm {
     pub events: Events,
     /// Events for the QMP clients; the server takes them before it writes a reply.
     pub outbox: Vec<QmpEvent>,
+    /// Fd sets (`add-fd`, `/dev/fdset/N`).
+    pub fds: FdSets,
     /// The default CPU of the human commands (`cpu`).
     pub current_cpu: u32,
     /// Set once the process is to end: its exit status.
@@ -162,6 +165,7 @@ impl Vm {
             run_state: RunState::Prelaunch,
             events: Arc::new(Inbox::new()?),
             outbox: Vec::new(),
+            fds: FdSets::new(),
             current_cpu: 0,
             exit: None,
         })

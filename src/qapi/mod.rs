@@ -11,7 +11,8 @@ mod builtin;
 mod macros;
 
 use crate::error::{Error, Result};
-use serde_json::{Map, Value};
+use serde_json::Map;
+pub use serde_json::Value;
 use std::fmt;
 
 /// A JSON object.
@@ -232,6 +233,9 @@ pub fn take_word(v: Value, words: &[&str], at: &Path) -> Result<usize> {
     let Value::String(word) = v else { return Err(at.wrong_type("string")) };
     words.iter().position(|w| *w == word).ok_or_else(|| at.bad_word(&word))
 }
+
+/// The built-in types, for introspection: clients expect them in every schema.
+pub const BUILTINS: &[Ty] = &[String::TY, i64::TY, f64::TY, bool::TY, Null::TY, <Value as Wire>::TY];
 
 pub use builtin::{Empty, Flat, Null, Rest};
 

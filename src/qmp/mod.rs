@@ -1,1 +1,12 @@
 //! QMP: bytes to commands and back.
+
+pub mod event;
+pub mod fds;
+pub mod introspect;
+pub mod schema;
+
+mod cmd_core;
+mod cmd_fd;
+
+/// Every command, one table a file.
+static TABLES: &[&[schema::Command]] = &[cmd_core::CORE, cmd_fd::FD];

@@ -2,6 +2,7 @@
 
 pub mod buf;
 pub mod fdio;
+pub mod fdset;
 pub mod inbox;
 pub mod iov;
 pub mod log;
