@@ -5,7 +5,10 @@
 
 use crate::config::{Boot, Kind, Parts, Qmp, QmpEnd, Serial, SerialEnd, Table, names};
 use crate::config_tree::{Fault, Item, Member, Node, Place, Sources, Top};
-use crate::control::vm::{Accel, RebootAction, Settings, ShutdownAction};
+use crate::control::vm::{RebootAction, Settings, ShutdownAction};
+use crate::machine::cpu::Topology;
+use crate::machine::layout::{CPUS_MAX, MEMORY_MIN};
+use crate::machine::Accel;
 use serde_json::{Map, Value};
 use std::collections::HashMap;
 use std::ops::RangeInclusive;
@@ -16,9 +19,6 @@ pub(crate) const ARRAYS: &[&str] = &["qmp", "serial", "blockdev", "drive", "devi
 
 /// The names of tables.
 const TABLES: &[&str] = &["machine", "boot"];
-
-/// The most processors a VM can have.
-pub const MAX_CPUS: u32 = 64;
 
 /// Reads the tables, in the order of the file.
 pub(crate) fn read(tops: Vec<Top>, dir: &Path, sources: &Sources) -> Result<Parts, Fault> {
@@ -138,11 +138,12 @@ fn machine(mut r: Reader) -> Result<Settings, Fault> {
         None => d.uuid,
     };
     let memory = r.size("memory")?.unwrap_or(d.memory);
-    if memory < 1 << 20 || memory % 4096 != 0 {
-        return Err(r.fault("memory", "must be at least 1M, and a multiple of 4K"));
+    if memory < MEMORY_MIN || memory % 4096 != 0 {
+        let text = format!("must be at least {}M, and a multiple of 4K", MEMORY_MIN >> 20);
+        return Err(r.fault("memory", &text));
     }
     let part = |r: &mut Reader, key| -> Result<Option<u32>, Fault> {
-        Ok(r.int(key, 1..=i64::from(MAX_CPUS))?.map(|n| n as u32))
+        Ok(r.int(key, 1..=CPUS_MAX as i64)?.map(|n| n as u32))
     };
     let cpus = part(&mut r, "cpus")?;
     let max_cpus = part(&mut r, "max-cpus")?;
@@ -154,24 +155,11 @@ fn machine(mut r: Reader) -> Result<Settings, Fault> {
     if cpus > max {
         return Err(r.fault("max-cpus", &format!("must be at least 'cpus' ({cpus})")));
     }
-    // What is left out is filled in as QEMU does: cores first, then sockets, then threads.
-    let (sockets, cores, threads) = match (sockets, cores, threads) {
-        (s, None, t) => {
-            let (s, t) = (s.unwrap_or(1), t.unwrap_or(1));
-            (s, max / (s * t), t)
-        }
-        (None, Some(c), t) => (max / (c * t.unwrap_or(1)), c, t.unwrap_or(1)),
-        (Some(s), Some(c), None) => (s, c, max / (s * c)),
-        (Some(s), Some(c), Some(t)) => (s, c, t),
-    };
-    if sockets * cores * threads != max {
-        let text = format!(
-            "the topology does not match: sockets ({sockets}) * cores ({cores}) * threads ({threads}) \
-             must be 'max-cpus' ({max})"
-        );
-        let key = ["max-cpus", "sockets", "cores", "threads", "cpus"].into_iter().find(|k| r.has(k));
-        return Err(r.fault(key.unwrap_or("cpus"), &text));
-    }
+    let topology = Topology::new(max, sockets, cores, threads).map_err(|e| {
+        let keys = ["max-cpus", "sockets", "cores", "threads", "cpus"];
+        let key = keys.into_iter().find(|k| r.has(k)).unwrap_or("cpus");
+        r.fault(key, &format!("does not fit: {e}"))
+    })?;
     let accel = r.word("accel", &[("kvm", Accel::Kvm), ("none", Accel::None)])?.unwrap_or(d.accel);
     let paused = r.boolean("paused")?.unwrap_or(d.paused);
     let reboot = r.word("reboot", &[("reset", RebootAction::Reset), ("shutdown", RebootAction::Shutdown)])?;
@@ -183,10 +171,7 @@ fn machine(mut r: Reader) -> Result<Settings, Fault> {
         uuid,
         memory,
         cpus,
-        max_cpus: max,
-        sockets,
-        cores,
-        threads,
+        topology,
         accel,
         paused,
         reboot: reboot.unwrap_or(d.reboot),

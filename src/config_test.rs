@@ -1,5 +1,6 @@
 use super::*;
-use crate::control::vm::Accel;
+use crate::machine::Accel;
+use crate::machine::cpu::Topology;
 use serde_json::json;
 
 fn parse(text: &str, sets: &[&str]) -> Result<Config, String> {
@@ -32,7 +33,7 @@ fn tables_come_in_the_order_of_the_file() {
             ),
         ]
     );
-    assert_eq!((config.settings.name.as_deref(), config.settings.cores), (Some("n"), 2));
+    assert_eq!((config.settings.name.as_deref(), config.settings.cpus), (Some("n"), 2));
 }
 
 #[test]
@@ -85,11 +86,13 @@ fn topology_is_filled_in_as_qemu_does() {
         ("cpus = 1\nsockets = 2\ncores = 2", (1, 4, 2, 2, 1)),
     ] {
         let s = parse(&format!("[machine]\n{text}\n"), &[]).unwrap().settings;
-        assert_eq!((s.cpus, s.max_cpus, s.sockets, s.cores, s.threads), want, "{text}");
+        let (cpus, max, sockets, cores, threads) = want;
+        let topology = Topology::new(max, Some(sockets), Some(cores), Some(threads)).unwrap();
+        assert_eq!((s.cpus, s.topology), (cpus, topology), "{text}");
     }
     let text = "[machine]\ncpus = 3\nmax-cpus = 5\nsockets = 2\n";
     assert!(
-        error(text).starts_with("c.toml:3:1: [machine] 'max-cpus' the topology does not match"),
+        error(text).starts_with("c.toml:3:1: [machine] 'max-cpus' does not fit: Invalid CPU topology"),
         "{}",
         error(text)
     );

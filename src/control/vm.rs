@@ -7,20 +7,13 @@ use super::state::RunState;
 use crate::error::{Error, Result};
 use crate::event::{BlockIoError, ErrorAction, Event, Events};
 use crate::sys::fdset::FdSets;
+use crate::machine::cpu::Topology;
+use crate::machine::{Accel, Machine};
 use crate::sys::inbox::Inbox;
 use serde_json::{Map, Value, json};
 use std::io;
 use std::sync::Arc;
 use std::time::SystemTime;
-
-/// Where the processors come from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Accel {
-    /// /dev/kvm.
-    Kvm,
-    /// No processor runs; everything else does.
-    None,
-}
 
 /// What a guest's reset leads to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,14 +44,8 @@ pub struct Settings {
     pub memory: u64,
     /// Processors at start.
     pub cpus: u32,
-    /// Processors that there can be: sockets × cores × threads.
-    pub max_cpus: u32,
-    /// Sockets.
-    pub sockets: u32,
-    /// Cores per socket.
-    pub cores: u32,
-    /// Threads per core.
-    pub threads: u32,
+    /// The places for processors (as many as there can be).
+    pub topology: Topology,
     /// Where the processors come from.
     pub accel: Accel,
     /// Do not start the processors until `cont`.
@@ -76,10 +63,7 @@ impl Default for Settings {
             uuid: [0; 16],
             memory: 128 << 20,
             cpus: 1,
-            max_cpus: 1,
-            sockets: 1,
-            cores: 1,
-            threads: 1,
+            topology: Topology::default(),
             accel: Accel::Kvm,
             paused: false,
             reboot: RebootAction::Reset,
@@ -151,8 +135,12 @@ pub struct Vm {
     pub outbox: Vec<QmpEvent>,
     /// Fd sets (`add-fd`, `/dev/fdset/N`).
     pub fds: FdSets,
+    /// The machine; none in a VM that is being made.
+    pub machine: Option<Machine>,
     /// The default CPU of the human commands (`cpu`).
     pub current_cpu: u32,
+    /// There is a monitor: somebody who can deal with a VM that has stopped.
+    pub attended: bool,
     /// Set once the process is to end: its exit status.
     exit: Option<u8>,
 }
@@ -166,7 +154,9 @@ impl Vm {
             events: Arc::new(Inbox::new()?),
             outbox: Vec::new(),
             fds: FdSets::new(),
+            machine: None,
             current_cpu: 0,
+            attended: false,
             exit: None,
         })
     }
@@ -196,6 +186,7 @@ impl Vm {
         if !self.run_state.is_running() {
             return;
         }
+        self.halt();
         self.become_state(state);
         self.emit("STOP", Value::Null);
     }
@@ -210,20 +201,59 @@ impl Vm {
         }
         self.become_state(RunState::Running);
         self.emit("RESUME", Value::Null);
+        self.go();
         Ok(())
     }
 
     /// Resets the machine. A VM that does not run goes to `prelaunch`.
     pub fn reset(&mut self, cause: Cause) {
-        if !self.run_state.is_running() {
+        if self.run_state.is_running() {
+            self.halt();
+        } else {
             self.become_state(RunState::Prelaunch);
         }
+        let done = self.machine.as_mut().map_or(Ok(()), Machine::reset);
         self.emit("RESET", cause.data());
+        match done {
+            Ok(()) if self.run_state.is_running() => self.go(),
+            Ok(()) => {}
+            Err(e) => self.broken(&format!("the machine cannot be reset: {e}")),
+        }
     }
 
     /// Presses the power button.
     pub fn powerdown(&mut self) {
         self.emit("POWERDOWN", Value::Null);
+        if let Some(machine) = &self.machine {
+            machine.power_button();
+        }
+    }
+
+    /// The processors first, so that no device is given work; then the devices; then the disks.
+    fn halt(&mut self) {
+        if let Some(machine) = &mut self.machine {
+            machine.pause();
+        }
+    }
+
+    /// The reverse of [`Vm::halt`].
+    fn go(&mut self) {
+        if let Some(machine) = &mut self.machine {
+            machine.resume();
+        }
+    }
+
+    /// The VM cannot go on. It stays for a client to look at, unless there is none who could.
+    fn broken(&mut self, why: &str) {
+        log::error!("{why}");
+        if self.run_state.is_running() {
+            self.stop(RunState::InternalError);
+        } else {
+            self.run_state = RunState::InternalError;
+        }
+        if !self.attended {
+            self.exit.get_or_insert(1);
+        }
     }
 
     /// Ends the process with `status`, whatever the shutdown policy is.
@@ -256,10 +286,7 @@ impl Vm {
                 self.emit("RTC_CHANGE", json!({ "offset": offset, "qom-path": "/machine/rtc" }));
             }
             Event::BlockIoError(e) => self.block_io_error(e),
-            Event::VcpuFailed { cpu, why } => {
-                log::error!("CPU {cpu} cannot go on: {why}");
-                self.stop(RunState::InternalError);
-            }
+            Event::VcpuFailed { cpu, why } => self.broken(&format!("CPU {cpu} cannot go on: {why}")),
             Event::DebugExit { status } => self.quit(Cause::GuestShutdown, status),
             Event::ConsoleQuit => self.quit(Cause::HostUi, 0),
             Event::Wake => {}

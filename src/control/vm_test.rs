@@ -95,3 +95,17 @@ fn a_failing_disk_stops_the_vm_only_when_its_policy_says_so() {
     vm.cont().unwrap();
     assert_eq!(vm.run_state, RunState::Running);
 }
+
+#[test]
+fn a_cpu_that_cannot_go_on_stops_the_vm_and_ends_one_that_nobody_attends() {
+    for attended in [true, false] {
+        let mut vm = vm(Settings::default());
+        vm.attended = attended;
+        vm.cont().unwrap();
+        vm.handle(Event::VcpuFailed { cpu: 0, why: "test".into() });
+        assert_eq!(vm.run_state, RunState::InternalError);
+        assert_eq!(emitted(&mut vm), ["RESUME", "STOP"]);
+        assert_eq!(vm.exit(), if attended { None } else { Some(1) });
+        assert_eq!(vm.cont().unwrap_err().desc, "Resetting the Virtual Machine is required");
+    }
+}
