@@ -6,9 +6,9 @@
 use crate::config::{Boot, Kind, Parts, Qmp, QmpEnd, Serial, SerialEnd, Table, names};
 use crate::config_tree::{Fault, Item, Member, Node, Place, Sources, Top};
 use crate::control::vm::{RebootAction, Settings, ShutdownAction};
+use crate::machine::Accel;
 use crate::machine::cpu::Topology;
 use crate::machine::layout::{CPUS_MAX, MEMORY_MIN};
-use crate::machine::Accel;
 use serde_json::{Map, Value};
 use std::collections::HashMap;
 use std::ops::RangeInclusive;

@@ -6,9 +6,9 @@
 use super::state::RunState;
 use crate::error::{Error, Result};
 use crate::event::{BlockIoError, ErrorAction, Event, Events};
-use crate::sys::fdset::FdSets;
 use crate::machine::cpu::Topology;
 use crate::machine::{Accel, Machine};
+use crate::sys::fdset::FdSets;
 use crate::sys::inbox::Inbox;
 use serde_json::{Map, Value, json};
 use std::io;
