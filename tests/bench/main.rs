@@ -1,0 +1,36 @@
+//! `just bench`: what minivmm costs, beside the raw floor (`floor.c`: only the KVM calls), a plain echo server, and QEMU
+//! where it is installed. Every comparison runs the sides in turn, A B A B, in one run of this program, and is printed
+//! as a ratio of medians: machines differ and drift, ratios less so.
+//!
+//!     cargo bench --bench bench -- [start|memory|fleet|qmp|disk] … [rounds=N]
+
+mod disk;
+mod fleet;
+mod memory;
+mod qmp;
+mod start;
+mod util;
+
+fn main() {
+    let args: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
+    if let [role, socket] = args.as_slice()
+        && role == "echo-server"
+    {
+        return qmp::echo_server(socket);
+    }
+    let rounds = args.iter().find_map(|a| a.strip_prefix("rounds=")).map_or(30, |n| n.parse().expect("rounds=N"));
+    let names: Vec<&str> = args.iter().map(String::as_str).filter(|a| !a.contains('=')).collect();
+    let bench = util::Bench::new(rounds);
+    for (name, run) in [
+        ("start", start::run as fn(&util::Bench)),
+        ("memory", memory::run),
+        ("fleet", fleet::run),
+        ("qmp", qmp::run),
+        ("disk", disk::run),
+    ] {
+        if names.is_empty() || names.contains(&name) {
+            println!("== {name}");
+            run(&bench);
+        }
+    }
+}

@@ -1,0 +1,81 @@
+//! What the benches share: the programs, their configs, medians and ratios.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+/// The programs under test and a scratch directory that goes away.
+pub struct Bench {
+    pub rounds: usize,
+    pub dir: PathBuf,
+    pub floor: PathBuf,
+    pub qemu: bool,
+}
+
+impl Bench {
+    pub fn new(rounds: usize) -> Bench {
+        let dir = std::env::temp_dir().join(format!("minivmm-bench-{}", std::process::id()));
+        fs::create_dir_all(&dir).expect("scratch directory");
+        let floor = dir.join("floor");
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/bench/floor.c");
+        let built = Command::new("gcc").args(["-O2", "-o"]).arg(&floor).arg(source).status();
+        assert!(built.is_ok_and(|s| s.success()), "gcc cannot build floor.c (apt-get install gcc)");
+        let qemu = Command::new("qemu-system-x86_64").arg("--version").stdout(Stdio::null()).status().is_ok();
+        if !qemu {
+            println!("(no qemu-system-x86_64: its columns are left out)");
+        }
+        Bench { rounds, dir, floor, qemu }
+    }
+
+    /// A config of `text` in the scratch directory.
+    pub fn config(&self, name: &str, text: &str) -> PathBuf {
+        let path = self.dir.join(name);
+        fs::write(&path, text).expect("config");
+        path
+    }
+
+    /// minivmm with `config`.
+    pub fn minivmm(&self, config: &Path) -> Command {
+        let mut c = Command::new(env!("CARGO_BIN_EXE_minivmm"));
+        c.arg(config).stdin(Stdio::null());
+        c
+    }
+
+    /// QEMU's smallest x86 machine with the tiny guest.
+    pub fn qemu_microvm(&self, cmdline: &str, more: &[&str]) -> Command {
+        let mut c = Command::new("qemu-system-x86_64");
+        c.args(["-M", "microvm,acpi=off", "-accel", "kvm", "-cpu", "host", "-m", "128", "-nodefaults"]);
+        c.args(["-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio", "-kernel"]);
+        c.arg(guest()).args(["-append", cmdline]).args(more).stdin(Stdio::null());
+        c
+    }
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.dir);
+    }
+}
+
+/// The tiny guest.
+pub fn guest() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/guest/guest.elf")
+}
+
+/// The tables every VM config of the benches starts with.
+pub fn vm(cmdline: &str) -> String {
+    format!(
+        "[machine]\nmemory = \"128M\"\n[boot]\nkernel = {:?}\ncmdline = {cmdline:?}\n[[serial]]\nstdio = true\n",
+        guest().display().to_string()
+    )
+}
+
+pub fn median(values: &mut [f64]) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+/// One line: what, ours, theirs, the ratio, and the goal.
+pub fn report(what: &str, unit: &str, ours: f64, peer: &str, theirs: f64, goal: &str) {
+    println!("{what:34} {ours:9.2} {unit:6} {peer:14} {theirs:9.2}  ratio {:5.2}  {goal}", ours / theirs);
+}
