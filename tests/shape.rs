@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 
 /// Folders and files of `src`, lowest floor first. A file imports from its own floor's own folder and from lower floors.
 const FLOORS: &[&[&str]] = &[
-    &["error", "qapi"],
+    &["error"],
+    &["qapi"],
     &["sys"],
     &["event"],
     &["block", "net", "chardev", "machine"],

@@ -43,8 +43,17 @@ impl Bench {
 
     /// QEMU's smallest x86 machine with the tiny guest.
     pub fn qemu_microvm(&self, cmdline: &str, more: &[&str]) -> Command {
+        self.qemu("microvm,acpi=off", cmdline, more)
+    }
+
+    /// QEMU's machine with PCI: microvm has it only together with ACPI and a firmware that assigns no addresses.
+    pub fn qemu_q35(&self, cmdline: &str, more: &[&str]) -> Command {
+        self.qemu("q35", cmdline, more)
+    }
+
+    fn qemu(&self, machine: &str, cmdline: &str, more: &[&str]) -> Command {
         let mut c = Command::new("qemu-system-x86_64");
-        c.args(["-M", "microvm,acpi=off", "-accel", "kvm", "-cpu", "host", "-m", "128", "-nodefaults"]);
+        c.args(["-M", machine, "-accel", "kvm", "-cpu", "host", "-m", "128", "-nodefaults"]);
         c.args(["-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio", "-kernel"]);
         c.arg(guest()).args(["-append", cmdline]).args(more).stdin(Stdio::null());
         c
