@@ -48,7 +48,9 @@ fn files() -> Vec<(String, String)> {
     paths
         .into_iter()
         .map(|p| (p.strip_prefix(&src).unwrap().display().to_string(), fs::read_to_string(&p).unwrap()))
-        .filter(|(name, _)| !name.ends_with("_test.rs") && !name.contains("testing") && !name.contains("testkit"))
+        .filter(|(name, _)| {
+            !name.ends_with("_test.rs") && !name.contains("testing") && !name.contains("testkit")
+        })
         .collect()
 }
 
@@ -123,7 +125,11 @@ fn nothing_is_unfinished_or_asynchronous() {
     let bad = files()
         .into_iter()
         .flat_map(|(name, text)| {
-            words.iter().filter(|w| code(&text).contains(**w)).map(|w| format!("src/{name}: {w}")).collect::<Vec<_>>()
+            words
+                .iter()
+                .filter(|w| code(&text).contains(**w))
+                .map(|w| format!("src/{name}: {w}"))
+                .collect::<Vec<_>>()
         })
         .collect();
     assert_none("unfinished or asynchronous code", bad);
@@ -137,7 +143,8 @@ fn an_unwrap_says_why_it_cannot_fail() {
         for (n, line) in lines.iter().enumerate() {
             let is_code = !line.trim_start().starts_with("//");
             if is_code && (line.contains(".unwrap()") || line.contains(".expect(")) {
-                let explained = line.contains("//") || lines[n.saturating_sub(4)..n].iter().any(|l| l.contains("//"));
+                let explained =
+                    line.contains("//") || lines[n.saturating_sub(4)..n].iter().any(|l| l.contains("//"));
                 if !explained {
                     bad.push(format!("src/{name}:{}: {}", n + 1, line.trim()));
                 }

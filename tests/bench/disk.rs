@@ -45,7 +45,11 @@ fn once(mut command: Command) -> Option<(f64, f64)> {
 
 fn image(path: &Path, format: &str) -> bool {
     let mut c = Command::new("qemu-img");
-    c.args(["create", "-q", "-f", format, "-o"]).arg(if format == "raw" { "preallocation=full" } else { "preallocation=metadata" });
+    c.args(["create", "-q", "-f", format, "-o"]).arg(if format == "raw" {
+        "preallocation=full"
+    } else {
+        "preallocation=metadata"
+    });
     c.arg(path).arg("64M").status().is_ok_and(|s| s.success())
 }
 
@@ -72,11 +76,17 @@ pub fn run(b: &Bench) {
                     }
                 }
                 let what = format!("{format} {op} 4 KiB, depth {depth}");
-                let pick = |v: &[(f64, f64)], f: fn(&(f64, f64)) -> f64| median(&mut v.iter().map(f).collect::<Vec<_>>());
+                let pick = |v: &[(f64, f64)], f: fn(&(f64, f64)) -> f64| {
+                    median(&mut v.iter().map(f).collect::<Vec<_>>())
+                };
                 if ours.is_empty() {
                     println!("{what}: the guest did not finish");
                 } else if theirs.is_empty() {
-                    println!("{what:34} {:9.0} req/s {:6.2} us CPU/req", pick(&ours, |x| x.0), pick(&ours, |x| x.1));
+                    println!(
+                        "{what:34} {:9.0} req/s {:6.2} us CPU/req",
+                        pick(&ours, |x| x.0),
+                        pick(&ours, |x| x.1)
+                    );
                 } else {
                     report(&what, "req/s", pick(&ours, |x| x.0), "QEMU q35", pick(&theirs, |x| x.0), "");
                     report(&what, "us CPU", pick(&ours, |x| x.1), "QEMU q35", pick(&theirs, |x| x.1), "");

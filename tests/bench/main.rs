@@ -18,7 +18,8 @@ fn main() {
     {
         return qmp::echo_server(socket);
     }
-    let rounds = args.iter().find_map(|a| a.strip_prefix("rounds=")).map_or(30, |n| n.parse().expect("rounds=N"));
+    let rounds =
+        args.iter().find_map(|a| a.strip_prefix("rounds=")).map_or(30, |n| n.parse().expect("rounds=N"));
     let names: Vec<&str> = args.iter().map(String::as_str).filter(|a| !a.contains('=')).collect();
     let bench = util::Bench::new(rounds);
     for (name, run) in [

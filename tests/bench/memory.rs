@@ -10,7 +10,9 @@ fn private_kib(pid: u32, ram_kib: u64) -> f64 {
     let (mut total, mut is_ram, mut seen_ram) = (0, false, false);
     for line in text.lines() {
         let mut words = line.split_whitespace();
-        let (Some(key), value) = (words.next(), words.next().and_then(|v| v.parse::<u64>().ok())) else { continue };
+        let (Some(key), value) = (words.next(), words.next().and_then(|v| v.parse::<u64>().ok())) else {
+            continue;
+        };
         match (key, value) {
             ("Size:", Some(size)) => {
                 is_ram = !seen_ram && size >= ram_kib && size < 2 * ram_kib;

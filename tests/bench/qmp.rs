@@ -32,7 +32,9 @@ impl Peer {
         let stream = loop {
             match UnixStream::connect(socket) {
                 Ok(s) => break s,
-                Err(_) if start.elapsed() < Duration::from_secs(10) => std::thread::sleep(Duration::from_millis(5)),
+                Err(_) if start.elapsed() < Duration::from_secs(10) => {
+                    std::thread::sleep(Duration::from_millis(5))
+                }
                 Err(e) => panic!("{}: {e}", socket.display()),
             }
         };
@@ -79,7 +81,10 @@ impl Drop for Peer {
 
 pub fn run(b: &Bench) {
     let paths = ["echo.sock", "mini.sock", "qemu.sock"].map(|n| b.dir.join(n));
-    let config = b.config("qmp.toml", &format!("[machine]\naccel = \"none\"\nmemory = \"16M\"\n[[qmp]]\nsocket = {:?}\n", paths[1]));
+    let config = b.config(
+        "qmp.toml",
+        &format!("[machine]\naccel = \"none\"\nmemory = \"16M\"\n[[qmp]]\nsocket = {:?}\n", paths[1]),
+    );
     let mut server = Command::new(std::env::current_exe().expect("own path"));
     server.arg("echo-server").arg(&paths[0]);
     let mut echo = Peer::new(server, &paths[0], false);
@@ -91,7 +96,9 @@ pub fn run(b: &Bench) {
         Peer::new(c, &paths[2], true)
     });
     let long = format!("{{\"execute\":\"query-name\",\"id\":\"{}\"}}\n", "x".repeat(4096 - 32));
-    for (size, request, goal) in [("28 bytes", "{\"execute\":\"query-version\"}\n", "goal <= 2"), ("4 KiB", &long, "goal <= 3")] {
+    for (size, request, goal) in
+        [("28 bytes", "{\"execute\":\"query-version\"}\n", "goal <= 2"), ("4 KiB", &long, "goal <= 3")]
+    {
         let (mut e, mut o, mut q) = (vec![], vec![], vec![]);
         for _ in 0..5 {
             e.push(echo.p50(request.as_bytes()));
