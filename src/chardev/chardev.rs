@@ -20,7 +20,8 @@
 //! at [`Chardev::attach`] if the backend has input, else at the first write. While nothing happens
 //! it sleeps in poll(2). Locks: the queues' mutex, a leaf.
 
-use crate::sys::fdio;
+use crate::sys::poll::PollSet;
+use crate::sys::thread::{self, SMALL_STACK};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
@@ -34,8 +35,6 @@ const OUTPUT: usize = 64 << 10;
 const INPUT: usize = 4 << 10;
 /// How long [`Chardev::close`] waits for a backend that takes no output at all.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// Stack of the thread: poll, read, write and a log line now and then.
-const STACK: usize = 128 << 10;
 
 /// A device that reads from and writes to a chardev. Called on the chardev's thread.
 pub trait Frontend: Send + Sync {
@@ -213,12 +212,16 @@ impl Chardev {
     fn start(&self, queues: &mut Queues) {
         let Some(backend) = queues.backend.take() else { return };
         let (shared, label) = (self.shared.clone(), self.label.clone());
-        let pump = Pump { shared, label, backend, writing: Vec::new(), written: 0, blocked: false };
-        let thread = std::thread::Builder::new()
-            .name("chardev".to_string())
-            .stack_size(STACK)
-            .spawn(move || pump.run());
-        match thread {
+        let pump = Pump {
+            shared,
+            label,
+            backend,
+            writing: Vec::new(),
+            written: 0,
+            blocked: false,
+            set: PollSet::default(),
+        };
+        match thread::spawn("chardev", SMALL_STACK, move || pump.run()) {
             Ok(thread) => {
                 queues.running = true;
                 *self.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
@@ -247,6 +250,7 @@ struct Pump {
     written: usize,
     /// The backend would block.
     blocked: bool,
+    set: PollSet,
 }
 
 impl Drop for Pump {
@@ -281,14 +285,15 @@ impl Pump {
                 let queues = self.shared.lock();
                 (queues.closing, queues.full)
             };
-            let mut patience = Duration::MAX;
+            let mut limit = None;
             if closing {
-                patience = PATIENCE.saturating_sub(stuck.get_or_insert_with(Instant::now).elapsed());
-                if !self.pending() || patience.is_zero() {
+                let give_up = *stuck.get_or_insert_with(Instant::now) + PATIENCE;
+                if !self.pending() || Instant::now() >= give_up {
                     return;
                 }
+                limit = Some(give_up);
             }
-            self.wait(!full && !closing, patience);
+            self.wait(!full && !closing, limit);
         }
     }
 
@@ -343,26 +348,28 @@ impl Pump {
     }
 
     /// Sleeps until there is something to do; reads input.
-    fn wait(&mut self, read: bool, limit: Duration) {
+    fn wait(&mut self, read: bool, limit: Option<Instant>) {
         let input = self.backend.input().filter(|_| read || self.backend.drops_input());
-        let mut fds = [
-            fdio::pollfd(Some(self.shared.wake.as_raw_fd()), libc::POLLIN),
-            fdio::pollfd(input.map(|fd| fd.as_raw_fd()), libc::POLLIN),
-            fdio::pollfd(self.blocked.then(|| self.backend.output().as_raw_fd()), libc::POLLOUT),
-        ];
-        if let Err(e) = fdio::poll(&mut fds, limit) {
+        self.set.clear();
+        let wake = self.set.add(self.shared.wake.as_raw_fd(), libc::POLLIN);
+        let input = input.map(|fd| self.set.add(fd.as_raw_fd(), libc::POLLIN));
+        let output = self.blocked.then(|| self.set.add(self.backend.output().as_raw_fd(), libc::POLLOUT));
+        if let Some(when) = limit {
+            self.set.until(when);
+        }
+        if let Err(e) = self.set.wait() {
             // Out of kernel memory; try again, but do not spin.
             log::error!("chardev '{}': poll: {e}", self.label);
             std::thread::sleep(Duration::from_millis(100));
             return;
         }
-        if fds[0].revents != 0 {
+        if self.set.ready(wake) != 0 {
             let _ = self.shared.wake.read();
         }
-        if fds[2].revents != 0 {
+        if output.is_some_and(|token| self.set.ready(token) != 0) {
             self.blocked = false;
         }
-        if fds[1].revents != 0 {
+        if input.is_some_and(|token| self.set.ready(token) != 0) {
             self.read();
         }
     }

@@ -1,36 +1,13 @@
-//! poll(2) and writes that do not block, on file descriptors that others may share.
+//! Writes that do not block, to files that others may share.
 //!
 //! Owns: nothing. Threads: any. Locks: none.
 
+use super::poll::PollSet;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
-use std::time::Duration;
-
-/// A poll entry; without a descriptor one that poll(2) ignores.
-pub fn pollfd(fd: Option<RawFd>, events: libc::c_short) -> libc::pollfd {
-    libc::pollfd { fd: fd.unwrap_or(-1), events, revents: 0 }
-}
-
-/// Waits until one of `fds` is ready, `limit` is over (rounded up to milliseconds; beyond 24 days
-/// it is for ever) or a signal comes. Returns how many are ready.
-pub fn poll(fds: &mut [libc::pollfd], limit: Duration) -> io::Result<usize> {
-    let ms = limit.as_nanos().div_ceil(1_000_000).try_into().unwrap_or(-1);
-    let count = fds.len() as libc::nfds_t;
-    // SAFETY: `fds` is valid for `count` entries during the call.
-    let ready = unsafe { libc::poll(fds.as_mut_ptr(), count, ms) };
-    match usize::try_from(ready) {
-        Ok(ready) => Ok(ready),
-        Err(_) => match io::Error::last_os_error() {
-            e if e.kind() == io::ErrorKind::Interrupted => {
-                fds.iter_mut().for_each(|fd| fd.revents = 0);
-                Ok(0)
-            }
-            e => Err(e),
-        },
-    }
-}
+use std::time::Instant;
 
 /// An output file that is written without blocking, although its blocking mode is shared with
 /// other processes (the shell that started us) and must stay as it is.
@@ -87,8 +64,11 @@ impl Output {
                 usize::try_from(n).map_err(|_| io::Error::last_os_error())
             }
             Kind::Shared => {
-                let mut fds = [pollfd(Some(self.file.as_raw_fd()), libc::POLLOUT)];
-                if poll(&mut fds, Duration::ZERO)? == 0 {
+                let mut set = PollSet::default();
+                let token = set.add(self.file.as_raw_fd(), libc::POLLOUT);
+                set.until(Instant::now());
+                set.wait()?;
+                if set.ready(token) == 0 {
                     return Err(io::ErrorKind::WouldBlock.into());
                 }
                 self.file.write(&data[..data.len().min(libc::PIPE_BUF)])
