@@ -1,0 +1,3 @@
+//! The tiny guest in the real binary on /dev/kvm.
+
+mod kit;
