@@ -42,7 +42,10 @@ pub fn have_kvm() -> bool {
     match std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm") {
         Ok(_) => true,
         Err(e) => {
-            skip(&format!("/dev/kvm ({e})"), "load the kvm module; join the group kvm: usermod -aG kvm $USER");
+            skip(
+                &format!("/dev/kvm ({e})"),
+                "load the kvm module; join the group kvm: usermod -aG kvm $USER",
+            );
             false
         }
     }
@@ -50,7 +53,8 @@ pub fn have_kvm() -> bool {
 
 /// Is `tool` in the PATH? Says so if not.
 pub fn have(tool: &str, package: &str) -> bool {
-    let found = Command::new(tool).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok();
+    let found =
+        Command::new(tool).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok();
     if !found {
         skip(tool, &format!("apt-get install {package}"));
     }
@@ -142,9 +146,8 @@ impl Vm {
 
     /// The same in a directory that the test has filled.
     pub fn start_in(dir: Dir, config: &str) -> Vm {
-        let mut text = config
-            .replace("@DIR", dir.0.to_str().unwrap())
-            .replace("@GUEST", guest().to_str().unwrap());
+        let mut text =
+            config.replace("@DIR", dir.0.to_str().unwrap()).replace("@GUEST", guest().to_str().unwrap());
         text.push_str(&format!("\n[[qmp]]\nsocket = {:?}\n", dir.join("qmp")));
         let path = dir.join("config.toml");
         std::fs::write(&path, text).unwrap();
@@ -218,11 +221,9 @@ impl Vm {
         let status = loop {
             match self.child.try_wait().unwrap() {
                 Some(status) => break status,
-                None if start.elapsed() > LIMIT => panic!(
-                    "minivmm does not end; output:\n{}\nmessages:\n{}",
-                    self.output(),
-                    self.messages()
-                ),
+                None if start.elapsed() > LIMIT => {
+                    panic!("minivmm does not end; output:\n{}\nmessages:\n{}", self.output(), self.messages())
+                }
                 None => std::thread::sleep(Duration::from_millis(2)),
             }
         };
