@@ -138,7 +138,7 @@ pub struct Vm {
     /// The machine; none in a VM that is being made.
     pub machine: Option<Machine>,
     /// The default CPU of the human commands (`cpu`).
-    pub current_cpu: u32,
+    pub current_cpu: i64,
     /// There is a monitor: somebody who can deal with a VM that has stopped.
     pub attended: bool,
     /// Set once the process is to end: its exit status.

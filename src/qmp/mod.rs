@@ -7,6 +7,7 @@ pub mod schema;
 
 mod cmd_core;
 mod cmd_fd;
+mod cmd_machine;
 
 /// Every command, one table a file.
-static TABLES: &[&[schema::Command]] = &[cmd_core::CORE, cmd_fd::FD];
+static TABLES: &[&[schema::Command]] = &[cmd_core::CORE, cmd_fd::FD, cmd_machine::MACHINE];
