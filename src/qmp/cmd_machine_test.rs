@@ -14,8 +14,12 @@ struct Client {
 impl Client {
     fn new(settings: Settings) -> Client {
         let mut vm = Vm::new(settings).unwrap();
-        let config =
-            MachineConfig { memory: 16 << 20, topology: vm.settings.topology, accel: Accel::None, ..Default::default() };
+        let config = MachineConfig {
+            memory: 16 << 20,
+            topology: vm.settings.topology,
+            accel: Accel::None,
+            ..Default::default()
+        };
         vm.machine = Some(Machine::new(&config, vm.events.clone()).unwrap());
         Client { vm, conn: Conn::new() }
     }
@@ -74,7 +78,14 @@ fn names_and_processors() {
     let mut uuid = [0; 16];
     uuid.iter_mut().enumerate().for_each(|(i, b)| *b = (i as u8) << 4);
     let topology = Topology::new(4, None, None, Some(2)).unwrap();
-    let settings = Settings { name: Some("vm7".into()), uuid, accel: Accel::None, cpus: 4, topology, ..Settings::default() };
+    let settings = Settings {
+        name: Some("vm7".into()),
+        uuid,
+        accel: Accel::None,
+        cpus: 4,
+        topology,
+        ..Settings::default()
+    };
     let mut c = Client::new(settings);
     assert_eq!(c.ask("query-name", json!({})), json!({"name": "vm7"}));
     assert_eq!(c.ask("query-uuid", json!({})), json!({"UUID": "00102030-4050-6070-8090-a0b0c0d0e0f0"}));
