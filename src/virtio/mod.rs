@@ -8,5 +8,6 @@ pub mod blk;
 mod blk_io;
 pub mod device;
 pub mod kick;
+pub mod pci;
 pub mod queue;
 pub mod worker;

@@ -311,7 +311,14 @@ impl Crew {
             wait
         });
         // An error is the answer: the sender was dropped.
-        waits.collect::<Vec<_>>().iter().for_each(|wait| drop(wait.recv()));
+        for wait in waits.collect::<Vec<_>>() {
+            let _ = wait.recv();
+        }
+    }
+
+    /// Queue `index`.
+    pub fn queue(&self, index: u16) -> Option<&Arc<Queue>> {
+        self.queues.get(usize::from(index))
     }
 
     /// Lets the workers finish the request in hand; returns when they have.
