@@ -229,6 +229,16 @@ pub trait Driver: Send + Sync {
         String::new()
     }
 
+    /// Device and inode number of the file that a protocol stands on: tells loops of backing files.
+    fn file_id(&self) -> Option<(u64, u64)> {
+        None
+    }
+
+    /// `driver-specific` of `query-blockstats`.
+    fn stats(&self) -> Option<serde_json::Map<String, serde_json::Value>> {
+        None
+    }
+
     /// Writes back what is held in memory and marks the image clean. Called once, by the control
     /// thread, when no request runs any more; afterwards the node is dropped.
     fn close(&self) -> io::Result<()> {

@@ -6,9 +6,16 @@
 //! bitmap list / stats / inbox`.
 
 pub mod driver;
+pub mod file;
+mod filelock;
 pub mod gate;
+pub mod graph;
 pub mod handle;
 pub mod node;
+pub mod null;
+pub mod open;
+pub mod perm;
+pub mod raw;
 mod serial;
 pub mod stats;
 #[cfg(test)]

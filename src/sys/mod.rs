@@ -6,6 +6,7 @@ pub mod fdset;
 pub mod inbox;
 pub mod iov;
 pub mod log;
+pub mod ofd;
 pub mod poll;
 pub mod thread;
 pub mod tty;

@@ -1,0 +1,582 @@
+//! The drivers `file` (regular files) and `host_device` (block devices): the only place of the
+//! block layer that makes system calls on disks.
+//!
+//! Owns: the descriptors, the image locks, the discard counters. Never: knows formats. Threads:
+//! I/O from any; `set_perm`, `resize` and `close` on the control thread. Locks: none; the
+//! descriptor's number never changes (a reopen puts another open file in its place, dup3(2)).
+//!
+//! A failed fdatasync(2) may have dropped dirty pages, and the next one would report success: from
+//! then on every flush fails, unless the page cache is bypassed (as in QEMU).
+
+use super::driver::{Driver, Extent, ExtentKind, Flags, ImageInfo, Limits, Perm};
+use super::filelock::Locks;
+use super::node::errno;
+use super::open::{Open, Opening, PassedFd};
+use crate::bail;
+use crate::error::{Error, Result, strerror};
+use crate::sys::buf::AlignedBuf;
+use crate::sys::iov::{Iov, IovMut};
+use serde_json::{Map, Value, json};
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+crate::wire_enum! {
+    /// On, off, or what is best.
+    pub enum OnOffAuto {
+        /// What is best.
+        "auto" Auto,
+        /// On, or an error.
+        "on" On,
+        /// Off.
+        "off" Off,
+    }
+    default Auto
+}
+
+crate::wire_enum! {
+    /// How requests reach the kernel in QEMU. Here the device's own thread makes them, whichever
+    /// is chosen.
+    pub enum BlockdevAioOptions {
+        /// Threads.
+        "threads" Threads,
+        /// Linux AIO; only with `cache.direct`.
+        "native" Native,
+        /// io_uring.
+        "io_uring" IoUring,
+    }
+    default Threads
+}
+
+crate::wire_struct! {
+    /// Options of the drivers `file` and `host_device`.
+    pub struct BlockdevOptionsFile {
+        /// Path of the file, or `/dev/fdset/N`.
+        filename: String,
+        /// Whether to lock the image against other processes; `auto` locks where the host can.
+        locking: Option<OnOffAuto>,
+        /// How requests reach the kernel.
+        aio: Option<BlockdevAioOptions>,
+    }
+}
+
+/// One of the two drivers, with its options.
+pub struct FilePlan {
+    /// `file` or `host_device`.
+    pub name: &'static str,
+    /// Their options.
+    pub options: BlockdevOptionsFile,
+}
+
+impl FilePlan {
+    /// `file` on `filename`, or `host_device`.
+    pub fn new(name: &'static str, filename: &str) -> FilePlan {
+        let options = BlockdevOptionsFile { filename: filename.into(), locking: None, aio: None };
+        FilePlan { name, options }
+    }
+}
+
+/// See the module's head.
+pub struct File {
+    name: &'static str,
+    filename: String,
+    fd: OwnedFd,
+    /// The fd set stays alive as long as this.
+    _keep: Option<Box<dyn Send + Sync>>,
+    device: bool,
+    direct: bool,
+    /// The node is writable, but the descriptor is so only while somebody writes.
+    reopen: bool,
+    writable: AtomicBool,
+    limits: Limits,
+    len: AtomicU64,
+    id: (u64, u64),
+    locks: Locks,
+    /// A flush has failed: what was written before it may be lost.
+    broken: AtomicBool,
+    discard_ok: AtomicU64,
+    discard_failed: AtomicU64,
+    discard_bytes: AtomicU64,
+}
+
+/// The set's number in `/dev/fdset/N`.
+fn fdset_id(filename: &str) -> Option<&str> {
+    filename.strip_prefix("/dev/fdset/")
+}
+
+fn open_path(path: &str, flags: i32) -> io::Result<OwnedFd> {
+    let path = CString::new(path).map_err(|_| errno(libc::EINVAL))?;
+    loop {
+        // SAFETY: a NUL-terminated path; the result is checked.
+        let fd = unsafe { libc::open(path.as_ptr(), flags | libc::O_CLOEXEC) };
+        if fd >= 0 {
+            // SAFETY: just opened, and nobody else's.
+            return Ok(unsafe { OwnedFd::from_raw_fd(fd) });
+        }
+        let e = io::Error::last_os_error();
+        if e.kind() != io::ErrorKind::Interrupted {
+            return Err(e);
+        }
+    }
+}
+
+fn stat(fd: RawFd) -> io::Result<libc::stat> {
+    // SAFETY: all-zero bytes are a valid stat.
+    let mut st: libc::stat = unsafe { std::mem::zeroed() };
+    // SAFETY: writes one stat.
+    match unsafe { libc::fstat(fd, &mut st) } {
+        0 => Ok(st),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+fn seek(fd: RawFd, off: i64, whence: i32) -> io::Result<u64> {
+    // SAFETY: no memory is involved; every data call gives its own offset, so the file position
+    // is nobody's.
+    let at = unsafe { libc::lseek(fd, off, whence) };
+    u64::try_from(at).map_err(|_| io::Error::last_os_error())
+}
+
+impl Open for FilePlan {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn open(self: Box<Self>, cx: &mut Opening) -> Result<Box<dyn Driver>> {
+        let (name, filename) = (self.name, self.options.filename);
+        if filename.is_empty() {
+            bail!("The '{name}' block driver requires a file name");
+        }
+        let direct = cx.options.direct;
+        if self.options.aio == Some(BlockdevAioOptions::Native) && !direct {
+            bail!("aio=native was specified, but it requires cache.direct=on, which was not specified.");
+        }
+        let cannot = |e: io::Error| Error::new(format!("Could not open '{filename}': {}", strerror(&e)));
+        let (passed, writable, reopen) = open_fd(cx, &filename, direct)?;
+        let fd = passed.fd;
+        let st = stat(fd.as_raw_fd()).map_err(cannot)?;
+        let device = name == "host_device";
+        let kind = st.st_mode & libc::S_IFMT;
+        if !device && kind != libc::S_IFREG {
+            bail!("'{name}' driver requires '{filename}' to be a regular file");
+        }
+        if device && kind != libc::S_IFBLK && kind != libc::S_IFCHR {
+            bail!("'{name}' driver requires '{filename}' to be either a character or block device");
+        }
+        let len =
+            if device { seek(fd.as_raw_fd(), 0, libc::SEEK_END).map_err(cannot)? } else { st.st_size as u64 };
+        let limits = if direct { probe_direct(fd.as_raw_fd(), &st) } else { Limits::default() };
+        let locks = Locks::new(&fd, &filename, self.options.locking.unwrap_or_default())?;
+        Ok(Box::new(File {
+            name,
+            filename,
+            fd,
+            _keep: passed.keep,
+            device,
+            direct,
+            reopen,
+            writable: AtomicBool::new(writable),
+            limits: Limits { cheap_zeroes: !device, ..limits },
+            len: AtomicU64::new(len),
+            id: (st.st_dev, st.st_ino),
+            locks,
+            broken: AtomicBool::new(false),
+            discard_ok: AtomicU64::new(0),
+            discard_failed: AtomicU64::new(0),
+            discard_bytes: AtomicU64::new(0),
+        }))
+    }
+}
+
+/// The descriptor, whether it is writable, and whether it is to be reopened for writing when
+/// somebody writes.
+fn open_fd(cx: &mut Opening, filename: &str, direct: bool) -> Result<(PassedFd, bool, bool)> {
+    let wanted = if cx.options.read_only { libc::O_RDONLY } else { libc::O_RDWR };
+    if let Some(id) = fdset_id(filename) {
+        let Ok(id) = id.parse() else { bail!("Failed to parse fdset {filename}") };
+        let mut passed = cx.fdset(id, wanted);
+        if passed.is_err() && wanted == libc::O_RDWR && cx.options.auto_read_only {
+            passed = cx.fdset(id, libc::O_RDONLY);
+            cx.options.read_only |= passed.is_ok();
+        }
+        let passed = passed?;
+        set_direct(&passed.fd, direct).map_err(|e| direct_error(filename, &e))?;
+        return Ok((passed, !cx.options.read_only, false));
+    }
+    let flags = if direct { libc::O_DIRECT } else { 0 };
+    let cannot = |e: io::Error| match e.raw_os_error() {
+        Some(libc::EINVAL) if direct => direct_error(filename, &e),
+        _ => Error::new(format!("Could not open '{filename}': {}", strerror(&e))),
+    };
+    // With auto-read-only nothing is opened for writing before somebody wants to write, so that
+    // the host's permissions matter only then; but whether it can be is found out now.
+    let mut fd = open_path(filename, wanted | flags);
+    let reopen = cx.options.auto_read_only && !cx.options.read_only;
+    if reopen {
+        let refused = matches!(&fd, Err(e) if matches!(
+            e.raw_os_error(), Some(libc::EACCES | libc::EPERM | libc::EROFS)));
+        cx.options.read_only = refused;
+        fd = match fd {
+            Ok(_) => open_path(filename, libc::O_RDONLY | flags),
+            Err(_) if refused => open_path(filename, libc::O_RDONLY | flags),
+            Err(e) => Err(e),
+        };
+    }
+    let fd = fd.map_err(cannot)?;
+    let writable = wanted == libc::O_RDWR && !reopen;
+    Ok((PassedFd { fd, keep: None }, writable, reopen && !cx.options.read_only))
+}
+
+fn direct_error(filename: &str, e: &io::Error) -> Error {
+    match e.raw_os_error() {
+        Some(libc::EINVAL) => {
+            Error::new(format!("Could not open '{filename}': filesystem does not support O_DIRECT"))
+        }
+        _ => Error::new(format!("Could not open '{filename}': {}", strerror(e))),
+    }
+}
+
+fn set_direct(fd: &OwnedFd, on: bool) -> io::Result<()> {
+    // SAFETY: flags of a descriptor of ours; no memory is involved.
+    let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
+    if flags < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let wanted = if on { flags | libc::O_DIRECT } else { flags & !libc::O_DIRECT };
+    // SAFETY: as above.
+    if flags != wanted && unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, wanted) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// What O_DIRECT wants of this file: the kernel's word (statx, Linux 6.1), else what a read
+/// accepts, else a page.
+fn probe_direct(fd: RawFd, st: &libc::stat) -> Limits {
+    // SAFETY: all-zero bytes are a valid statx.
+    let mut sx: libc::statx = unsafe { std::mem::zeroed() };
+    let mask = libc::STATX_DIOALIGN;
+    // SAFETY: an empty path with AT_EMPTY_PATH means `fd` itself; writes one statx.
+    let done = unsafe { libc::statx(fd, c"".as_ptr(), libc::AT_EMPTY_PATH, mask, &mut sx) };
+    let known = done == 0 && sx.stx_mask & mask != 0;
+    let sane = |n: u32| n.is_power_of_two() && n <= 1 << 20;
+    if known && sane(sx.stx_dio_mem_align) && sane(sx.stx_dio_offset_align) {
+        return Limits {
+            request_alignment: sx.stx_dio_offset_align,
+            memory_alignment: sx.stx_dio_mem_align,
+            ..Limits::default()
+        };
+    }
+    let page = AlignedBuf::new(65536, 65536);
+    let accepts = |len: usize, shift: usize| {
+        let at = page[shift..].as_ptr().cast_mut().cast();
+        // SAFETY: shift + len is within the buffer, which only this call writes to.
+        unsafe { libc::pread(fd, at, len, 0) >= 0 }
+    };
+    let sizes = [512usize, 1024, 2048, 4096];
+    // An empty file accepts anything: be careful there.
+    let blank = st.st_size == 0 && st.st_mode & libc::S_IFMT == libc::S_IFREG;
+    let find = |ok: &dyn Fn(usize) -> bool| {
+        let found = sizes.iter().copied().find(|&n| !blank && ok(n)).unwrap_or(4096);
+        u32::try_from(found).unwrap_or(4096)
+    };
+    Limits {
+        request_alignment: find(&|n| accepts(n, 0)),
+        memory_alignment: find(&|n| accepts(4096, n)),
+        ..Limits::default()
+    }
+}
+
+impl File {
+    fn fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
+    }
+
+    fn grown(&self, end: u64) {
+        if end > self.len.load(Ordering::Relaxed) {
+            self.len.fetch_max(end, Ordering::Relaxed);
+        }
+    }
+
+    fn fallocate(&self, mode: i32, off: u64, len: u64) -> io::Result<()> {
+        loop {
+            // SAFETY: no memory is involved. Node keeps off + len below i64::MAX.
+            let done = unsafe { libc::fallocate(self.fd(), mode, off as i64, len as i64) };
+            if done == 0 {
+                return Ok(());
+            }
+            let e = io::Error::last_os_error();
+            match e.raw_os_error() {
+                Some(libc::EINTR) => {}
+                // What this file system or device cannot do: the node finds another way.
+                Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENOTTY | libc::EINVAL) => {
+                    return Err(errno(libc::ENOTSUP));
+                }
+                _ => return Err(e),
+            }
+        }
+    }
+
+    /// Puts another open file, with or without the right to write, in the place of this one.
+    fn reopen(&self, write: bool) -> io::Result<()> {
+        let mode = if write { libc::O_RDWR } else { libc::O_RDONLY };
+        let direct = if self.direct { libc::O_DIRECT } else { 0 };
+        let new = crate::sys::ofd::reopen(&self.fd, mode | direct)?;
+        // SAFETY: both are descriptors of ours. Requests in flight keep the old open file.
+        if unsafe { libc::dup3(new.as_raw_fd(), self.fd(), libc::O_CLOEXEC) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        self.writable.store(write, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+/// Calls `f` for the pieces of `iov` until all are done; `f` says how many bytes it did. 0 ends it.
+/// Returns the bytes done.
+fn all_of(iov: &Iov, mut f: impl FnMut(&[libc::iovec], u64) -> isize) -> io::Result<usize> {
+    /// IOV_MAX of Linux.
+    const MOST: usize = 1024;
+    let mut done = 0;
+    let mut rest;
+    let mut now = iov;
+    while done < iov.len() {
+        let vec = now.iovecs();
+        let n = f(&vec[..vec.len().min(MOST)], done as u64);
+        match usize::try_from(n) {
+            Ok(0) => break,
+            Ok(n) => done += n,
+            Err(_) => {
+                let e = io::Error::last_os_error();
+                if e.kind() != io::ErrorKind::Interrupted {
+                    return Err(e);
+                }
+            }
+        }
+        if done < iov.len() {
+            rest = iov.slice(done, iov.len() - done);
+            now = &rest;
+        }
+    }
+    Ok(done)
+}
+
+impl Driver for File {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn len(&self) -> u64 {
+        self.len.load(Ordering::Relaxed)
+    }
+
+    fn grows(&self) -> bool {
+        !self.device
+    }
+
+    fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    fn set_perm(&self, uses: Perm, shares: Perm) -> io::Result<()> {
+        let old = self.locks.held();
+        self.locks.set(uses, shares)?;
+        let write = uses & (Perm::WRITE | Perm::WRITE_UNCHANGED | Perm::RESIZE) != Perm::NONE;
+        if self.reopen
+            && write != self.writable.load(Ordering::Relaxed)
+            && let Err(e) = self.reopen(write)
+        {
+            if let Err(e) = self.locks.set(old.0, old.1) {
+                log::warn!("{}: {e}", self.filename);
+            }
+            return Err(e);
+        }
+        Ok(())
+    }
+
+    fn read(&self, off: u64, to: &mut IovMut) -> io::Result<()> {
+        let fd = self.fd();
+        let done = all_of(to.as_source(), |vec, at| {
+            // SAFETY: the pieces of an IovMut are writable for their lengths. At most 1024, so
+            // the count fits.
+            unsafe { libc::preadv(fd, vec.as_ptr(), vec.len() as i32, (off + at) as i64) }
+        })?;
+        // Beyond the end (a block that the end is in, or someone cut the file): zeroes.
+        to.fill(done, to.len() - done, 0);
+        Ok(())
+    }
+
+    fn write(&self, off: u64, from: &Iov, _: Flags) -> io::Result<()> {
+        let fd = self.fd();
+        let done = all_of(from, |vec, at| {
+            // SAFETY: the pieces of an Iov are readable for their lengths; at most 1024.
+            unsafe { libc::pwritev(fd, vec.as_ptr(), vec.len() as i32, (off + at) as i64) }
+        });
+        match done {
+            Ok(n) if n == from.len() => {
+                self.grown(off + n as u64);
+                Ok(())
+            }
+            // The kernel gives no reason for a write of nothing.
+            Ok(_) => Err(errno(libc::ENOSPC)),
+            Err(e) => {
+                // Part of it may have made the file longer.
+                if let Ok(end) = seek(fd, 0, libc::SEEK_END)
+                    && !self.device
+                {
+                    self.grown(end);
+                }
+                Err(e)
+            }
+        }
+    }
+
+    fn zero(&self, off: u64, len: u64, flags: Flags) -> io::Result<()> {
+        let end = off + len;
+        let inside = end <= self.len();
+        if flags.contains(Flags::MAY_UNMAP) && inside {
+            let hole = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+            match self.fallocate(hole, off, len) {
+                Err(e) if e.raw_os_error() == Some(libc::ENOTSUP) => {}
+                other => return other,
+            }
+        }
+        // Without KEEP_SIZE it makes the file longer, never shorter.
+        self.fallocate(libc::FALLOC_FL_ZERO_RANGE, off, len)?;
+        self.grown(end);
+        Ok(())
+    }
+
+    fn discard(&self, off: u64, len: u64) -> io::Result<()> {
+        let done = if self.device {
+            let range: [u64; 2] = [off, len];
+            // SAFETY: BLKDISCARD reads two u64: start and length.
+            match unsafe { libc::ioctl(self.fd(), BLKDISCARD, range.as_ptr()) } {
+                0 => Ok(()),
+                _ => match io::Error::last_os_error() {
+                    e if matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOTTY)) => {
+                        Err(errno(libc::ENOTSUP))
+                    }
+                    e => Err(e),
+                },
+            }
+        } else {
+            self.fallocate(libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, off, len)
+        };
+        match &done {
+            Ok(()) => {
+                self.discard_ok.fetch_add(1, Ordering::Relaxed);
+                self.discard_bytes.fetch_add(len, Ordering::Relaxed);
+            }
+            Err(_) => {
+                self.discard_failed.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        done
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        if self.broken.load(Ordering::Relaxed) {
+            return Err(errno(libc::EIO));
+        }
+        loop {
+            // SAFETY: no memory is involved.
+            if unsafe { libc::fdatasync(self.fd()) } == 0 {
+                return Ok(());
+            }
+            let e = io::Error::last_os_error();
+            match e.raw_os_error() {
+                Some(libc::EINTR) => {}
+                // Some files cannot be synced, and have nothing to lose.
+                Some(libc::EROFS | libc::EINVAL | libc::ENOTSUP) => return Ok(()),
+                _ => {
+                    if !self.direct {
+                        self.broken.store(true, Ordering::Relaxed);
+                    }
+                    return Err(e);
+                }
+            }
+        }
+    }
+
+    fn status(&self, off: u64, len: u64) -> io::Result<Extent> {
+        let data = |len| Extent { kind: ExtentKind::Data, len, host_offset: Some(off) };
+        if self.device {
+            return Ok(data(len));
+        }
+        match seek(self.fd(), off as i64, libc::SEEK_DATA) {
+            // A file that cannot tell has data everywhere.
+            Err(e) if e.raw_os_error() != Some(libc::ENXIO) => return Ok(data(len)),
+            // No data up to the end.
+            Err(_) => return Ok(Extent { kind: ExtentKind::Zero, ..data(len) }),
+            Ok(at) if at > off => {
+                return Ok(Extent { kind: ExtentKind::Zero, ..data(len.min(at - off)) });
+            }
+            Ok(_) => {}
+        }
+        match seek(self.fd(), off as i64, libc::SEEK_HOLE) {
+            Ok(at) if at > off => Ok(data(len.min(at - off))),
+            _ => Ok(data(len)),
+        }
+    }
+
+    fn resize(&self, len: u64) -> io::Result<()> {
+        if self.device {
+            let (old, kind) = (self.len(), io::ErrorKind::Unsupported);
+            return match len {
+                _ if len > old => Err(io::Error::new(kind, "Cannot grow device files")),
+                _ if len < old => Err(io::Error::new(kind, "Cannot resize device files")),
+                _ => Ok(()),
+            };
+        }
+        let size = i64::try_from(len).map_err(|_| errno(libc::EFBIG))?;
+        loop {
+            // SAFETY: no memory is involved.
+            if unsafe { libc::ftruncate(self.fd(), size) } == 0 {
+                self.len.store(len, Ordering::Relaxed);
+                return Ok(());
+            }
+            let e = io::Error::last_os_error();
+            if e.kind() != io::ErrorKind::Interrupted {
+                return Err(e);
+            }
+        }
+    }
+
+    fn info(&self) -> ImageInfo {
+        let blocks = stat(self.fd()).map(|st| st.st_blocks as u64 * 512);
+        let specific = ("file", Map::new());
+        ImageInfo { actual_size: blocks.ok(), specific: Some(specific), ..ImageInfo::default() }
+    }
+
+    fn filename(&self) -> String {
+        self.filename.clone()
+    }
+
+    fn file_id(&self) -> Option<(u64, u64)> {
+        Some(self.id)
+    }
+
+    fn stats(&self) -> Option<Map<String, Value>> {
+        let count = |n: &AtomicU64| json!(n.load(Ordering::Relaxed));
+        let mut map = Map::new();
+        map.insert("driver".into(), json!(self.name));
+        map.insert("discard-nb-ok".into(), count(&self.discard_ok));
+        map.insert("discard-nb-failed".into(), count(&self.discard_failed));
+        map.insert("discard-bytes-ok".into(), count(&self.discard_bytes));
+        Some(map)
+    }
+
+    fn close(&self) -> io::Result<()> {
+        // Nothing is held in memory; whether the page cache is to reach the disk is up to those
+        // above, who flush before they close.
+        Ok(())
+    }
+}
+
+/// `_IO(0x12, 119)` of linux/fs.h.
+const BLKDISCARD: libc::c_ulong = 0x1277;
+
+#[cfg(test)]
+#[path = "file_test.rs"]
+mod tests;

@@ -1,0 +1,480 @@
+//! The block graph: names, who is above whom, and every change of it.
+//!
+//! Nodes are made by [`open`](super::open), used through [`Handle`]s, and connected by edges. Any
+//! change of what is connected to what runs in [`Graph::edit`], with the gates of the handles
+//! above closed ([`Graph::quiesce`]), and either holds as a whole or did not happen.
+//!
+//! Owns: the list of nodes, the list of handles. Never: threads, options, JSON. Threads: control
+//! only, hence no lock. While a [`Quiesced`] lives, nothing slow is done: what a change needs is
+//! opened before.
+
+use super::driver::Perm;
+use super::handle::{Handle, HandleSpec};
+use super::node::{Edge, Node};
+use super::perm::{self, Use};
+use crate::bail;
+use crate::error::{Error, Result};
+use std::sync::Arc;
+
+/// The longest node name, in bytes (QEMU's node_name[32]).
+const NAME_MAX: usize = 31;
+
+struct Entry {
+    node: Arc<Node>,
+    /// Position by age.
+    age: u64,
+    /// Made by `blockdev-add`: stays until `blockdev-del`.
+    monitor: bool,
+    /// What the driver was last told.
+    perm: (Perm, Perm),
+}
+
+/// A user that is not in the graph yet: the edge of a node that is being opened.
+struct Hold {
+    edge: Arc<Edge>,
+    uses: Perm,
+    shares: Perm,
+    who: String,
+}
+
+/// See the module's head.
+#[derive(Default)]
+pub struct Graph {
+    nodes: Vec<Entry>,
+    handles: Vec<Arc<Handle>>,
+    holds: Vec<Hold>,
+    /// How many automatic names were given.
+    named: u64,
+    ages: u64,
+}
+
+/// Who is directly above a node.
+pub enum Parent {
+    /// A node, by this edge of its driver.
+    Node(Arc<Node>, Arc<Edge>),
+    /// A guest disk, a job, an export.
+    Handle(Arc<Handle>),
+}
+
+/// Closed gates; dropping it opens them.
+pub struct Quiesced {
+    handles: Vec<Arc<Handle>>,
+}
+
+impl Drop for Quiesced {
+    fn drop(&mut self) {
+        for handle in &self.handles {
+            handle.gate.open();
+        }
+    }
+}
+
+impl Quiesced {
+    /// True when this handle's requests wait.
+    pub fn covers(&self, handle: &Arc<Handle>) -> bool {
+        self.handles.iter().any(|h| Arc::ptr_eq(h, handle))
+    }
+}
+
+fn is_above(node: &Arc<Node>, at: &[&Arc<Node>]) -> bool {
+    at.iter().any(|n| Arc::ptr_eq(n, node))
+        || node.driver.edges().iter().any(|e| e.node().is_some_and(|n| is_above(&n, at)))
+}
+
+/// A letter first, then letters, digits and `-._` (QEMU's id_wellformed).
+pub fn well_formed(id: &str) -> bool {
+    id.starts_with(|c: char| c.is_ascii_alphabetic())
+        && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._".contains(&b))
+}
+
+impl Graph {
+    /// A graph without nodes.
+    pub fn new() -> Graph {
+        Graph::default()
+    }
+
+    // ---- names and topology
+
+    /// The node of that name.
+    pub fn find(&self, name: &str) -> Option<&Arc<Node>> {
+        self.nodes.iter().map(|e| &e.node).find(|n| n.name == name)
+    }
+
+    /// The node of that name, or QEMU's error.
+    pub fn need(&self, name: &str) -> Result<&Arc<Node>> {
+        let lost = || Error::new(format!("Failed to find node with node-name='{name}'"));
+        self.find(name).ok_or_else(lost)
+    }
+
+    /// All nodes, newest first.
+    pub fn nodes(&self) -> impl Iterator<Item = &Arc<Node>> {
+        self.nodes.iter().rev().map(|e| &e.node)
+    }
+
+    /// All handles, oldest first.
+    pub fn handles(&self) -> &[Arc<Handle>] {
+        &self.handles
+    }
+
+    /// True for a node of `blockdev-add`.
+    pub fn is_monitor_owned(&self, node: &Arc<Node>) -> bool {
+        self.nodes.iter().any(|e| e.monitor && Arc::ptr_eq(&e.node, node))
+    }
+
+    /// Everybody directly above `node`.
+    pub fn parents(&self, node: &Arc<Node>) -> Vec<Parent> {
+        let is_it = |e: &Edge| e.node().is_some_and(|n| Arc::ptr_eq(&n, node));
+        let mut out = Vec::new();
+        for entry in &self.nodes {
+            for edge in entry.node.driver.edges() {
+                if is_it(&edge) {
+                    out.push(Parent::Node(entry.node.clone(), edge));
+                }
+            }
+        }
+        out.extend(self.handles.iter().filter(|h| is_it(&h.root)).cloned().map(Parent::Handle));
+        out
+    }
+
+    /// Whether a new node may have that name; QEMU's texts.
+    pub fn check_name(&self, name: &str) -> Result<()> {
+        if !well_formed(name) {
+            bail!("Invalid node-name: '{name}'");
+        }
+        if !name.is_empty() && self.handles.iter().any(|h| h.name() == name) {
+            bail!("node-name={name} is conflicting with a device id");
+        }
+        if self.find(name).is_some() {
+            bail!("Duplicate nodes with node-name='{name}'");
+        }
+        if name.len() > NAME_MAX {
+            bail!("Node name too long");
+        }
+        Ok(())
+    }
+
+    /// A name for a node that was given none: `#block123`, never twice.
+    pub(super) fn auto_name(&mut self) -> String {
+        self.named += 1;
+        format!("#block{:03}", self.named)
+    }
+
+    /// The age of a node that is about to exist (its file is older, its backing file younger).
+    pub(super) fn next_age(&mut self) -> u64 {
+        self.ages += 1;
+        self.ages
+    }
+
+    // ---- nodes come and go
+
+    /// Enters a node that its driver has opened, in place of the holds of `who`.
+    pub(super) fn insert(&mut self, node: Arc<Node>, age: u64) -> Result<()> {
+        let at = self.nodes.partition_point(|e| e.age < age);
+        let entry = Entry { node: node.clone(), age, monitor: false, perm: (Perm::NONE, Perm::ALL) };
+        self.nodes.insert(at, entry);
+        let who = format!("node '{}'", node.name);
+        let holds: Vec<_> = self.holds.extract_if(.., |h| h.who == who).collect();
+        if let Err(e) = self.refresh() {
+            self.holds.extend(holds);
+            self.nodes.remove(at);
+            return Err(e);
+        }
+        Ok(())
+    }
+
+    /// The node of that name is now the user's: it stays until [`Graph::delete`].
+    pub fn own(&mut self, node: &Arc<Node>) {
+        for entry in self.nodes.iter_mut().filter(|e| Arc::ptr_eq(&e.node, node)) {
+            entry.monitor = true;
+        }
+    }
+
+    /// Takes part in every check as the user `who` of `edge`'s node, before `who` is in the graph.
+    pub(super) fn hold(&mut self, who: &str, edge: &Arc<Edge>, perm: (Perm, Perm)) -> Result<()> {
+        let who = format!("node '{who}'");
+        self.holds.push(Hold { edge: edge.clone(), uses: perm.0, shares: perm.1, who });
+        self.refresh().inspect_err(|_| {
+            self.holds.pop();
+        })
+    }
+
+    /// Ends the holds of a node that could not be opened, and takes away what only it used.
+    pub(super) fn release(&mut self, who: &str) {
+        let who = format!("node '{who}'");
+        self.holds.retain(|h| h.who != who);
+        self.collect();
+    }
+
+    /// `blockdev-del`: takes a node away that nobody uses; texts are QEMU's.
+    pub fn delete(&mut self, name: &str) -> Result<()> {
+        let node = self.need(name)?.clone();
+        let parents = self.parents(&node);
+        if parents.iter().any(|p| matches!(p, Parent::Handle(_))) {
+            bail!("Node {name} is in use");
+        }
+        for parent in &parents {
+            if let Parent::Node(above, edge) = parent
+                && edge.role == "backing"
+            {
+                let above = &above.name;
+                bail!("Node '{name}' is busy: node is used as backing hd of '{above}'");
+            }
+        }
+        if !self.is_monitor_owned(&node) {
+            bail!("Node {name} is not owned by the monitor");
+        }
+        if !parents.is_empty() {
+            bail!("Block device {name} is in use");
+        }
+        for entry in self.nodes.iter_mut().filter(|e| Arc::ptr_eq(&e.node, &node)) {
+            entry.monitor = false;
+        }
+        drop((node, parents));
+        self.collect();
+        Ok(())
+    }
+
+    /// Closes and forgets every node that nobody uses and the user does not own; parents first.
+    pub(super) fn collect(&mut self) {
+        loop {
+            let unused = |e: &Entry| {
+                let held = |h: &Hold| h.edge.node().is_some_and(|n| Arc::ptr_eq(&n, &e.node));
+                !e.monitor && !self.holds.iter().any(held) && self.parents(&e.node).is_empty()
+            };
+            let Some(at) = self.nodes.iter().position(unused) else { break };
+            let entry = self.nodes.remove(at);
+            close(&entry.node);
+        }
+        if let Err(e) = self.refresh() {
+            // Fewer users cannot make a conflict; a driver may fail to let go of a lock.
+            log::warn!("{e}");
+        }
+    }
+
+    /// Writes everything back that is held in memory, and to stable storage. The first error is
+    /// returned, after all nodes were tried. No request may be running.
+    pub fn flush_all(&self) -> std::io::Result<()> {
+        let nodes: Vec<_> = self.nodes.iter().map(|e| e.node.clone()).collect();
+        let order = perm::order(&nodes).unwrap_or(nodes);
+        let done: Vec<_> = order.iter().filter(|n| !n.read_only()).map(|n| n.flush()).collect();
+        done.into_iter().collect()
+    }
+
+    /// The end of the process: detaches every handle and closes every node.
+    pub fn close_all(&mut self) {
+        for handle in std::mem::take(&mut self.handles) {
+            handle.gate.close();
+            handle.gate.wait_empty();
+            handle.root.set(None);
+            handle.gate.open();
+        }
+        self.holds.clear();
+        for entry in &mut self.nodes {
+            entry.monitor = false;
+        }
+        self.collect();
+    }
+
+    // ---- handles come and go
+
+    /// A new handle on `node`, or on nothing; fails when others do not share what it does.
+    pub fn attach(&mut self, node: Option<Arc<Node>>, spec: HandleSpec) -> Result<Arc<Handle>> {
+        let handle = Handle::new(node, spec);
+        self.handles.push(handle.clone());
+        match self.refresh() {
+            Ok(()) => Ok(handle),
+            Err(e) => {
+                self.handles.pop();
+                handle.root.set(None);
+                Err(e)
+            }
+        }
+    }
+
+    /// Takes a handle away. Its users get ENOMEDIUM from now on.
+    pub fn detach(&mut self, handle: &Arc<Handle>) {
+        handle.gate.close();
+        handle.gate.wait_empty();
+        handle.root.set(None);
+        handle.gate.open();
+        self.handles.retain(|h| !Arc::ptr_eq(h, handle));
+        self.collect();
+    }
+
+    /// Changes what a handle does and shares.
+    pub fn set_perm(&mut self, handle: &Arc<Handle>, uses: Perm, shares: Perm) -> Result<()> {
+        let old = (handle.uses(), handle.shares());
+        handle.set_perm(uses, shares);
+        self.refresh().inspect_err(|_| handle.set_perm(old.0, old.1))
+    }
+
+    // ---- changes
+
+    /// Closes the gate of every handle above any of `at`, except those in `but`, and waits until
+    /// no request is behind one. All gates are closed before the first is waited for.
+    pub fn quiesce(&self, at: &[&Arc<Node>], but: &[&Arc<Handle>]) -> Quiesced {
+        let above = |h: &&Arc<Handle>| {
+            !but.iter().any(|b| Arc::ptr_eq(b, h)) && h.root.node().is_some_and(|n| is_above(&n, at))
+        };
+        self.quiesce_handles(self.handles.iter().filter(above).cloned().collect())
+    }
+
+    /// Closes the gates of these handles, and waits.
+    pub fn quiesce_handles(&self, handles: Vec<Arc<Handle>>) -> Quiesced {
+        for handle in &handles {
+            handle.gate.close();
+        }
+        for handle in &handles {
+            handle.gate.wait_empty();
+        }
+        Quiesced { handles }
+    }
+
+    /// Changes edges as `f` says, checks cycles and permissions, and puts everything back if
+    /// either, or `f` itself, fails. `quiesced` must cover every handle above the changed edges.
+    pub fn edit(&mut self, quiesced: &Quiesced, f: impl FnOnce(&mut Edit) -> Result<()>) -> Result<()> {
+        let mut edit = Edit { graph: self, quiesced, undo: Vec::new() };
+        let done = f(&mut edit);
+        let undo = edit.undo;
+        if let Err(e) = done.and_then(|()| self.refresh()) {
+            for (edge, old) in undo.into_iter().rev() {
+                edge.set(old);
+            }
+            if let Err(again) = self.refresh() {
+                log::error!("the permissions of before could not be had again: {again}");
+            }
+            return Err(e);
+        }
+        Ok(())
+    }
+
+    /// Changes the length of `node`, with the guests above it waiting, and tells them. The error
+    /// is the driver's; EACCES for a read-only node.
+    pub fn resize(&mut self, node: &Arc<Node>, len: u64) -> std::io::Result<()> {
+        let quiesced = self.quiesce(&[node], &[]);
+        let done = node.resize(len);
+        drop(quiesced);
+        let above = |h: &&Arc<Handle>| h.root.node().is_some_and(|n| is_above(&n, &[node]));
+        for handle in self.handles.iter().filter(above) {
+            handle.resized();
+        }
+        done
+    }
+
+    // ---- permissions
+
+    fn users(&self) -> Vec<Use> {
+        let of_handle = |h: &Arc<Handle>| {
+            let node = h.root.node()?;
+            let (uses, shares) = (h.uses(), h.shares());
+            Some(Use { node, role: h.root.role.clone(), uses, shares, who: h.describe() })
+        };
+        let of_hold = |h: &Hold| {
+            let (role, who) = (h.edge.role.clone(), h.who.clone());
+            Some(Use { node: h.edge.node()?, role, uses: h.uses, shares: h.shares, who })
+        };
+        let handles = self.handles.iter().filter_map(of_handle);
+        handles.chain(self.holds.iter().filter_map(of_hold)).collect()
+    }
+
+    /// Checks the permissions of the whole graph and tells the drivers. On an error the drivers
+    /// have been told what they knew before.
+    pub(super) fn refresh(&mut self) -> Result<()> {
+        let nodes: Vec<_> = self.nodes.iter().map(|e| e.node.clone()).collect();
+        let verdicts = perm::check(&nodes, &self.users())?;
+        let mut plan = Vec::new();
+        for verdict in verdicts {
+            let is_it = |e: &Entry| Arc::ptr_eq(&e.node, &verdict.node);
+            if let Some(at) = self.nodes.iter().position(is_it) {
+                let (old, new) = (self.nodes[at].perm, (verdict.uses, verdict.shares));
+                if old != new {
+                    plan.push((at, verdict.node, old, new));
+                }
+            }
+        }
+        // First everybody gets what is new beside what it had: that can fail. Then everybody lets
+        // go of what is over: that cannot.
+        for (n, (at, node, old, new)) in plan.iter().enumerate() {
+            let both = (old.0 | new.0, old.1 & new.1);
+            if let Err(e) = node.driver.set_perm(both.0, both.1) {
+                for (at, node, old, _) in plan[..n].iter().rev() {
+                    if let Err(e) = node.driver.set_perm(old.0, old.1) {
+                        log::warn!("node '{}': {e}", node.name);
+                    }
+                    self.nodes[*at].perm = *old;
+                }
+                return Err(e.into());
+            }
+            self.nodes[*at].perm = both;
+        }
+        for (at, node, old, new) in plan {
+            if (old.0 | new.0, old.1 & new.1) != new
+                && let Err(e) = node.driver.set_perm(new.0, new.1)
+            {
+                log::warn!("node '{}' does not let go: {e}", node.name);
+            }
+            self.nodes[at].perm = new;
+        }
+        Ok(())
+    }
+}
+
+/// A change of the graph under way; see [`Graph::edit`].
+pub struct Edit<'a> {
+    graph: &'a Graph,
+    quiesced: &'a Quiesced,
+    undo: Vec<(Arc<Edge>, Option<Arc<Node>>)>,
+}
+
+impl Edit<'_> {
+    /// The graph as it is now.
+    pub fn graph(&self) -> &Graph {
+        self.graph
+    }
+
+    /// Points `edge` to `node`, or to nothing.
+    pub fn set(&mut self, edge: &Arc<Edge>, node: Option<Arc<Node>>) {
+        debug_assert!(self.is_quiet(edge), "edge '{}' is changed under I/O", edge.role);
+        let old = edge.set(node);
+        self.undo.push((edge.clone(), old));
+    }
+
+    /// Points the root of `handle` to `node`, or to nothing (no medium).
+    pub fn set_root(&mut self, handle: &Handle, node: Option<Arc<Node>>) {
+        self.set(&handle.root.clone(), node);
+    }
+
+    /// Makes everybody who is above `from`, except the node `but`, be above `to` instead.
+    pub fn replace(&mut self, from: &Arc<Node>, to: &Arc<Node>, but: Option<&Arc<Node>>) {
+        for parent in self.graph.parents(from) {
+            match parent {
+                Parent::Node(above, _) if but.is_some_and(|b| Arc::ptr_eq(b, &above)) => {}
+                Parent::Node(_, edge) => self.set(&edge, Some(to.clone())),
+                Parent::Handle(handle) => self.set_root(&handle, Some(to.clone())),
+            }
+        }
+    }
+
+    /// True when every handle that can come to `edge` waits at its gate.
+    fn is_quiet(&self, edge: &Arc<Edge>) -> bool {
+        fn reaches(node: &Arc<Node>, edge: &Arc<Edge>) -> bool {
+            let edges = node.driver.edges();
+            edges.iter().any(|e| Arc::ptr_eq(e, edge))
+                || edges.iter().any(|e| e.node().is_some_and(|n| reaches(&n, edge)))
+        }
+        self.graph.handles.iter().all(|h| {
+            let above = Arc::ptr_eq(&h.root, edge) || h.root.node().is_some_and(|n| reaches(&n, edge));
+            !above || self.quiesced.covers(h)
+        })
+    }
+}
+
+fn close(node: &Arc<Node>) {
+    if let Err(e) = node.driver.close() {
+        log::error!("closing node '{}' failed: {e}", node.name);
+    }
+}
+
+#[cfg(test)]
+#[path = "graph_test.rs"]
+mod tests;

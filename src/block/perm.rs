@@ -1,0 +1,166 @@
+//! Who may do what with a node: the check over the whole graph, and the common rules of formats.
+//!
+//! Every user of a node says what it does (`uses`) and what it lets others do (`shares`). Users
+//! are handles, nodes above, and nodes that are being opened. What a node does with its children
+//! follows from what its own users do ([`Driver::wants`](super::driver::Driver::wants)), so that
+//! the check goes from the top down.
+//!
+//! Owns: the rules and their texts. Never: changes anything. Threads: control. Locks: none.
+
+use super::driver::Perm;
+use super::node::Node;
+use crate::error::{Error, Result};
+use std::collections::HashMap;
+use std::sync::Arc;
+
+/// The names of permissions in messages, by bit.
+pub(super) const NAMES: [(Perm, &str); 4] = [
+    (Perm::CONSISTENT_READ, "consistent read"),
+    (Perm::WRITE, "write"),
+    (Perm::WRITE_UNCHANGED, "write unchanged"),
+    (Perm::RESIZE, "resize"),
+];
+
+fn names(perm: Perm) -> String {
+    let words: Vec<_> = NAMES.iter().filter(|(p, _)| perm.contains(*p)).map(|(_, n)| *n).collect();
+    words.join(", ")
+}
+
+/// What a format does with the child that holds its metadata, when its users do `above`: it
+/// writes whenever it may, and lets nobody else write or resize.
+pub fn for_metadata(above: (Perm, Perm), writable: bool) -> (Perm, Perm) {
+    let own = if writable { Perm::WRITE | Perm::RESIZE } else { Perm::NONE };
+    (above.0 | own | Perm::CONSISTENT_READ, above.1 & !(Perm::WRITE | Perm::RESIZE))
+}
+
+/// What a format does with a child that holds guest data only: it writes when its users do, and
+/// lets nobody else resize.
+pub fn for_data(above: (Perm, Perm)) -> (Perm, Perm) {
+    let mut uses = above.0;
+    if uses.contains(Perm::WRITE_UNCHANGED) {
+        // Unchanged data may have to be copied to a new place.
+        uses = uses | Perm::WRITE;
+    }
+    if uses.contains(Perm::WRITE) {
+        uses = uses | Perm::RESIZE;
+    }
+    (uses, above.1 & !Perm::RESIZE)
+}
+
+/// What a format does with its backing file: it reads, and minds writers only if its users do.
+pub fn for_backing(above: (Perm, Perm)) -> (Perm, Perm) {
+    let shares = Perm::CONSISTENT_READ | Perm::WRITE_UNCHANGED;
+    let changing = Perm::WRITE | Perm::RESIZE;
+    let shares = if above.1.contains(Perm::WRITE) { shares | changing } else { shares };
+    (above.0 & Perm::CONSISTENT_READ, shares)
+}
+
+/// One user of a node.
+#[derive(Clone)]
+pub(super) struct Use {
+    pub node: Arc<Node>,
+    /// The edge's role.
+    pub role: String,
+    pub uses: Perm,
+    pub shares: Perm,
+    /// As messages name the user.
+    pub who: String,
+}
+
+/// What each node's users do and share together.
+pub(super) struct Verdict {
+    pub node: Arc<Node>,
+    pub uses: Perm,
+    pub shares: Perm,
+}
+
+fn key(node: &Arc<Node>) -> *const Node {
+    Arc::as_ptr(node)
+}
+
+/// All nodes, every one before its children. Fails when there is a cycle.
+pub(super) fn order(nodes: &[Arc<Node>]) -> Result<Vec<Arc<Node>>> {
+    // 1: on the path from the start to here; 2: done.
+    fn visit(node: &Arc<Node>, marks: &mut HashMap<*const Node, u8>, out: &mut Vec<Arc<Node>>) -> Result<()> {
+        match marks.insert(key(node), 1) {
+            Some(2) => {
+                marks.insert(key(node), 2);
+                return Ok(());
+            }
+            Some(_) => {
+                return Err(Error::new(format!("Node '{}' would be its own child", node.name)));
+            }
+            None => {}
+        }
+        for edge in node.driver.edges() {
+            if let Some(child) = edge.node() {
+                visit(&child, marks, out)?;
+            }
+        }
+        marks.insert(key(node), 2);
+        out.push(node.clone());
+        Ok(())
+    }
+    let (mut marks, mut out) = (HashMap::new(), Vec::new());
+    for node in nodes {
+        visit(node, &mut marks, &mut out)?;
+    }
+    out.reverse();
+    Ok(out)
+}
+
+fn conflict(a: &Use, b: &Use) -> Option<Error> {
+    let bad = b.uses & !a.shares;
+    (bad != Perm::NONE).then(|| {
+        let node = &b.node.name;
+        Error::new(format!(
+            "Permission conflict on node '{node}': permissions '{}' are both required by {} \
+             (uses node '{node}' as '{}' child) and unshared by {} \
+             (uses node '{node}' as '{}' child).",
+            names(bad),
+            b.who,
+            b.role,
+            a.who,
+            a.role,
+        ))
+    })
+}
+
+/// Checks the whole graph, and says what each node's users do and share.
+pub(super) fn check(nodes: &[Arc<Node>], roots: &[Use]) -> Result<Vec<Verdict>> {
+    let mut users: HashMap<*const Node, Vec<Use>> = HashMap::new();
+    for user in roots {
+        users.entry(key(&user.node)).or_default().push(user.clone());
+    }
+    let mut out = Vec::new();
+    for node in order(nodes)? {
+        let list = users.remove(&key(&node)).unwrap_or_default();
+        for (i, a) in list.iter().enumerate() {
+            for b in &list[i + 1..] {
+                if let Some(e) = conflict(a, b).or_else(|| conflict(b, a)) {
+                    return Err(e);
+                }
+            }
+        }
+        let uses = list.iter().fold(Perm::NONE, |p, u| p | u.uses);
+        let shares = list.iter().fold(Perm::ALL, |p, u| p & u.shares);
+        let writes = uses & (Perm::WRITE | Perm::WRITE_UNCHANGED);
+        if writes != Perm::NONE && node.read_only() {
+            return Err(Error::new("Block node is read-only"));
+        }
+        for edge in node.driver.edges() {
+            let Some(child) = edge.node() else { continue };
+            let (uses, shares) = node.driver.wants(&edge, (uses, shares));
+            let shares = if node.options.force_share { Perm::ALL } else { shares };
+            users.entry(key(&child)).or_default().push(Use {
+                node: child,
+                role: edge.role.clone(),
+                uses,
+                shares,
+                who: format!("node '{}'", node.name),
+            });
+        }
+        out.push(Verdict { node, uses, shares });
+    }
+    Ok(out)
+}

@@ -1,0 +1,138 @@
+//! The driver `raw`: a child's bytes as they are, or a window of them.
+//!
+//! Owns: offset and size. Never: looks at data. Threads: I/O from any. Locks: none.
+
+use super::driver::{Driver, Extent, Flags, ImageInfo, Limits, Perm};
+use super::node::{Edge, errno};
+use super::open::{Child, Open, Opening};
+use super::perm;
+use crate::bail;
+use crate::error::Result;
+use crate::sys::iov::{Iov, IovMut};
+use std::io;
+use std::sync::Arc;
+
+/// Options of `raw`.
+pub struct RawPlan {
+    /// What has the bytes.
+    pub file: Child,
+    /// Where the window begins, in bytes.
+    pub offset: Option<u64>,
+    /// How long it is, in bytes; absent: up to the end.
+    pub size: Option<u64>,
+}
+
+/// See the module's head.
+pub struct Raw {
+    file: Arc<Edge>,
+    offset: u64,
+    size: Option<u64>,
+    /// The child's limits, and the largest alignment that the window's start allows.
+    limits: Limits,
+}
+
+impl Open for RawPlan {
+    fn name(&self) -> &'static str {
+        "raw"
+    }
+
+    fn open(self: Box<Self>, cx: &mut Opening) -> Result<Box<dyn Driver>> {
+        let window = self.offset.is_some() || self.size.is_some();
+        let perm = window_perm(window, (Perm::NONE, Perm::ALL));
+        let file = cx.child("file", self.file, perm)?;
+        let node = file.need()?;
+        let (offset, len) = (self.offset.unwrap_or(0), node.len());
+        if offset > len {
+            bail!("Offset ({offset}) cannot be greater than size of the containing file ({len})");
+        }
+        if let Some(size) = self.size
+            && size > len - offset
+        {
+            // Two spaces, as in QEMU.
+            bail!(
+                "The sum of offset ({offset}) and size ({size}) has to be smaller or equal to \
+                 the  actual size of the containing file ({len})"
+            );
+        }
+        // The child's node aligns what it must; a window may start anywhere.
+        let limits = Limits { request_alignment: 1, memory_alignment: 1, ..node.limits() };
+        Ok(Box::new(Raw { file, offset, size: self.size, limits }))
+    }
+}
+
+fn window_perm(window: bool, above: (Perm, Perm)) -> (Perm, Perm) {
+    if window { perm::for_data(above) } else { above }
+}
+
+impl Driver for Raw {
+    fn name(&self) -> &'static str {
+        "raw"
+    }
+
+    fn len(&self) -> u64 {
+        let whole = self.file.node().map_or(0, |n| n.len()).saturating_sub(self.offset);
+        self.size.map_or(whole, |size| size.min(whole))
+    }
+
+    fn grows(&self) -> bool {
+        self.size.is_none() && self.file.node().is_some_and(|n| n.driver.grows())
+    }
+
+    fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    fn edges(&self) -> Vec<Arc<Edge>> {
+        vec![self.file.clone()]
+    }
+
+    fn wants(&self, _: &Edge, above: (Perm, Perm)) -> (Perm, Perm) {
+        window_perm(self.offset != 0 || self.size.is_some(), above)
+    }
+
+    fn read(&self, off: u64, to: &mut IovMut) -> io::Result<()> {
+        self.file.need()?.read(off + self.offset, to)
+    }
+
+    fn write(&self, off: u64, from: &Iov, flags: Flags) -> io::Result<()> {
+        self.file.need()?.write(off + self.offset, from, flags)
+    }
+
+    fn zero(&self, off: u64, len: u64, flags: Flags) -> io::Result<()> {
+        self.file.need()?.zero(off + self.offset, len, flags)
+    }
+
+    fn discard(&self, off: u64, len: u64) -> io::Result<()> {
+        self.file.need()?.discard(off + self.offset, len)
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.file.need()?.flush()
+    }
+
+    fn status(&self, off: u64, len: u64) -> io::Result<Extent> {
+        let mut extent = self.file.need()?.status(off + self.offset, len)?;
+        extent.host_offset = Some(off + self.offset);
+        Ok(extent)
+    }
+
+    fn resize(&self, len: u64) -> io::Result<()> {
+        if self.size.is_some() {
+            return Err(io::Error::new(io::ErrorKind::Unsupported, "Cannot resize fixed-size raw disks"));
+        }
+        let end = len.checked_add(self.offset).ok_or_else(|| errno(libc::EFBIG))?;
+        self.file.need()?.resize(end)
+    }
+
+    fn info(&self) -> ImageInfo {
+        let below = self.file.node().map(|n| n.driver.info()).unwrap_or_default();
+        ImageInfo { actual_size: below.actual_size, ..ImageInfo::default() }
+    }
+
+    fn filename(&self) -> String {
+        // With a window no plain name says what this is; the caller makes a json: name.
+        let plain = self.offset == 0 && self.size.is_none();
+        let below = || self.file.node().map(|n| n.driver.filename());
+        plain.then(below).flatten().unwrap_or_default()
+    }
+}
