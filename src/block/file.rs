@@ -100,11 +100,6 @@ pub struct File {
     discard_bytes: AtomicU64,
 }
 
-/// The set's number in `/dev/fdset/N`.
-fn fdset_id(filename: &str) -> Option<&str> {
-    filename.strip_prefix("/dev/fdset/")
-}
-
 fn open_path(path: &str, flags: i32) -> io::Result<OwnedFd> {
     let path = CString::new(path).map_err(|_| errno(libc::EINVAL))?;
     loop {
@@ -155,6 +150,7 @@ impl Open for FilePlan {
         let cannot = |e: io::Error| Error::new(format!("Could not open '{filename}': {}", strerror(&e)));
         let (passed, writable, reopen) = open_fd(cx, &filename, direct)?;
         let fd = passed.fd;
+        let direct = is_direct(&fd);
         let st = stat(fd.as_raw_fd()).map_err(cannot)?;
         let device = name == "host_device";
         let kind = st.st_mode & libc::S_IFMT;
@@ -193,18 +189,15 @@ impl Open for FilePlan {
 /// somebody writes.
 fn open_fd(cx: &mut Opening, filename: &str, direct: bool) -> Result<(PassedFd, bool, bool)> {
     let wanted = if cx.options.read_only { libc::O_RDONLY } else { libc::O_RDWR };
-    if let Some(id) = fdset_id(filename) {
-        let Ok(id) = id.parse() else { bail!("Failed to parse fdset {filename}") };
-        let mut passed = cx.fdset(id, wanted);
+    let flags = if direct { libc::O_DIRECT } else { 0 };
+    if filename.starts_with("/dev/fdset/") {
+        let mut passed = cx.fdset(filename, wanted | flags);
         if passed.is_err() && wanted == libc::O_RDWR && cx.options.auto_read_only {
-            passed = cx.fdset(id, libc::O_RDONLY);
+            passed = cx.fdset(filename, libc::O_RDONLY | flags);
             cx.options.read_only |= passed.is_ok();
         }
-        let passed = passed?;
-        set_direct(&passed.fd, direct).map_err(|e| direct_error(filename, &e))?;
-        return Ok((passed, !cx.options.read_only, false));
+        return Ok((passed?, !cx.options.read_only, false));
     }
-    let flags = if direct { libc::O_DIRECT } else { 0 };
     let cannot = |e: io::Error| match e.raw_os_error() {
         Some(libc::EINVAL) if direct => direct_error(filename, &e),
         _ => Error::new(format!("Could not open '{filename}': {}", strerror(&e))),
@@ -237,18 +230,11 @@ fn direct_error(filename: &str, e: &io::Error) -> Error {
     }
 }
 
-fn set_direct(fd: &OwnedFd, on: bool) -> io::Result<()> {
+/// Whether the descriptor bypasses the page cache: one that was passed may, though nobody asked.
+fn is_direct(fd: &OwnedFd) -> bool {
     // SAFETY: flags of a descriptor of ours; no memory is involved.
     let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
-    if flags < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    let wanted = if on { flags | libc::O_DIRECT } else { flags & !libc::O_DIRECT };
-    // SAFETY: as above.
-    if flags != wanted && unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, wanted) } < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(())
+    flags >= 0 && flags & libc::O_DIRECT != 0
 }
 
 /// What O_DIRECT wants of this file: the kernel's word (statx, Linux 6.1), else what a read

@@ -139,8 +139,9 @@ pub trait Env {
     /// The protocol driver `driver` (`file`, `host_device`) on `filename`, with default options.
     fn protocol(&self, driver: &str, filename: &str) -> Option<Plan>;
 
-    /// A descriptor of fd set `id` whose access mode is that of `flags` (O_RDONLY, O_RDWR).
-    fn fdset(&self, id: u64, flags: i32) -> Result<PassedFd>;
+    /// A duplicate out of the fd set `path` (`/dev/fdset/N`) whose access mode is that of `flags`
+    /// (O_RDONLY, O_RDWR), and that has O_DIRECT if `flags` does.
+    fn fdset(&self, path: &str, flags: i32) -> Result<PassedFd>;
 }
 
 /// Opens a node and what it holds inline. Nobody uses it yet: attach a handle, or
@@ -212,8 +213,8 @@ impl Opening<'_> {
     }
 
     /// A descriptor of an fd set.
-    pub fn fdset(&self, id: u64, flags: i32) -> Result<PassedFd> {
-        self.env.fdset(id, flags)
+    pub fn fdset(&self, path: &str, flags: i32) -> Result<PassedFd> {
+        self.env.fdset(path, flags)
     }
 
     /// Opens or finds a child. `perm` is what this driver does with it, and shares, as long as
