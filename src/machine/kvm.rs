@@ -10,14 +10,15 @@
 //! Hence: slots first, then the split controller, then vCPUs; no PIC, no PIT, no routing table
 //! (messages go by KVM_SIGNAL_MSI), no ioeventfd unless asked for.
 
-use super::layout;
+use super::cpu::{self, Topology};
 use super::memory::Mem;
+use super::{cpu_state, layout};
 use crate::error::{Error, Result, strerror};
 use kvm_bindings::{
     CpuId, KVM_API_VERSION, KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap,
     kvm_userspace_memory_region,
 };
-use kvm_ioctls::{Cap, Kvm, VmFd};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use std::ffi::CString;
 use std::io;
 use std::sync::Arc;
@@ -26,10 +27,9 @@ use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 const PATH: &str = "/dev/kvm";
 const OR_NONE: &str = "(or set accel = \"none\" in [machine] to run without processors)";
 
-/// The virtual machine, as the kernel has it.
-pub struct Vm {
-    /// Its descriptor.
-    pub fd: Arc<VmFd>,
+/// What /dev/kvm offers.
+pub struct Host {
+    kvm: Kvm,
     /// What CPUID may say.
     pub cpuid: CpuId,
     /// The kernel can emulate the TSC-deadline timer.
@@ -47,11 +47,11 @@ const NEEDED: [(Cap, &str, &str); 6] = [
 ];
 
 /// Opens /dev/kvm and checks it. The error is one line that names the file and the remedy.
-pub fn open() -> Result<Kvm> {
+pub fn open() -> Result<Host> {
     open_path(PATH)
 }
 
-fn open_path(path: &str) -> Result<Kvm> {
+fn open_path(path: &str) -> Result<Host> {
     let c_path = CString::new(path).map_err(|_| Error::new("a path with a zero byte"))?;
     let kvm = Kvm::new_with_path(&c_path).map_err(|e| {
         let e = io::Error::from(e);
@@ -81,19 +81,22 @@ fn open_path(path: &str) -> Result<Kvm> {
     if let Some((_, name, since)) = NEEDED.iter().find(|(cap, _, _)| !kvm.check_extension(*cap)) {
         return Err(Error::new(format!("{path}: lacks {name}: use Linux {since} or newer {OR_NONE}")));
     }
-    Ok(kvm)
+    let cpuid =
+        kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(|e| fail("KVM_GET_SUPPORTED_CPUID", e))?;
+    let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
+    Ok(Host { kvm, cpuid, tsc_deadline })
 }
 
-impl Vm {
+/// The error of a call that there is no remedy for.
+pub fn fail(what: &str, e: kvm_ioctls::Error) -> Error {
+    Error::new(format!("{PATH}: {what}: {}", strerror(&io::Error::from(e))))
+}
+
+impl Host {
     /// Makes a virtual machine with memory `mem` and the split interrupt controller; vCPUs come after.
-    pub fn new(kvm: &Kvm, mem: &Mem) -> Result<Vm> {
-        let fail = |what: &str, e: kvm_ioctls::Error| {
-            Error::new(format!("{PATH}: {what}: {}", strerror(&io::Error::from(e))))
-        };
-        let cpuid =
-            kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(|e| fail("KVM_GET_SUPPORTED_CPUID", e))?;
+    pub fn create_vm(&self, mem: &Mem) -> Result<Arc<VmFd>> {
         let fd = loop {
-            match kvm.create_vm() {
+            match self.kvm.create_vm() {
                 // A signal during the call (a timer, a debugger) is no reason to give up.
                 Err(e) if e.errno() == libc::EINTR => continue,
                 r => break r.map_err(|e| fail("KVM_CREATE_VM", e))?,
@@ -120,8 +123,23 @@ impl Vm {
         let mut split = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
         split.args[0] = u64::from(layout::IOAPIC_PINS);
         fd.enable_cap(&split).map_err(|e| fail("KVM_CAP_SPLIT_IRQCHIP", e))?;
-        let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
-        Ok(Vm { fd: Arc::new(fd), cpuid, tsc_deadline })
+        Ok(Arc::new(fd))
+    }
+
+    /// Makes the vCPUs of `vm`, each with its CPUID; the first one's registers are for the caller to set.
+    pub fn create_vcpus(&self, vm: &VmFd, topology: &Topology) -> Result<Vec<VcpuFd>> {
+        let common = cpu::common(self.cpuid.as_slice(), topology, self.tsc_deadline);
+        let mut vcpus = Vec::with_capacity(topology.cpus());
+        for index in 0..topology.cpus() {
+            let id = u64::from(topology.apic_id(index));
+            let vcpu = vm.create_vcpu(id).map_err(|e| fail(&format!("KVM_CREATE_VCPU {id}"), e))?;
+            let cpuid = CpuId::from_entries(&cpu::for_cpu(&common, topology, index))
+                .map_err(|e| Error::new(format!("{PATH}: too many CPUID entries: {e:?}")))?;
+            vcpu.set_cpuid2(&cpuid).map_err(|e| fail("KVM_SET_CPUID2", e))?;
+            cpu_state::create(&vcpu);
+            vcpus.push(vcpu);
+        }
+        Ok(vcpus)
     }
 }
 

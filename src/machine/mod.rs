@@ -8,25 +8,36 @@
 //! the order on vCPU threads is `Bus (read) → device Mutex → inbox`.
 
 pub mod acpi_pm;
+pub mod boot;
+mod boot_elf;
+mod boot_linux;
 pub mod bus;
 pub mod cpu;
+pub mod cpu_state;
 pub mod ioapic;
 pub mod irq;
 pub mod kvm;
 pub mod layout;
 pub mod memory;
+pub mod vcpu;
 
 use self::acpi_pm::AcpiPm;
+use self::boot::Boot;
 use self::bus::Bus;
 use self::cpu::Topology;
+use self::cpu_state::Start;
 use self::irq::{Controllers, Interrupts, Line};
 use self::layout::Layout;
 use self::memory::Mem;
+use self::vcpu::{Processors, Target};
 use crate::bail;
 use crate::error::{Error, Result};
 use crate::event::Events;
 use std::path::PathBuf;
 use std::sync::Arc;
+
+/// Bits of a physical address where there is no processor to ask.
+const PHYS_BITS: u32 = 39;
 
 /// What runs the processors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -86,12 +97,12 @@ pub struct CpuInfo {
 
 /// The machine.
 pub struct Machine {
+    /// None without KVM. The first field: the threads end before anything else goes.
+    processors: Option<Processors>,
     /// The I/O ports.
     pub pio: Arc<Bus>,
     /// The memory-mapped registers.
     pub mmio: Arc<Bus>,
-    /// RAM. Declared after what uses it in the kernel: fields drop in this order.
-    pub mem: Mem,
     /// Lines and messages.
     pub interrupts: Arc<dyn Interrupts>,
     /// Addresses that depend on the configuration.
@@ -100,13 +111,18 @@ pub struct Machine {
     pub platform: Platform,
     pm: Arc<AcpiPm>,
     controllers: Arc<Controllers>,
-    config: MachineConfig,
+    topology: Topology,
+    boot: Option<Boot>,
+    /// Something has run since memory was all zeroes.
+    used: bool,
+    /// RAM. The last field: the kernel has it mapped into the VM.
+    pub mem: Mem,
 }
 
 impl Machine {
     /// A machine with memory, buses, interrupt controllers and (with KVM) processors that do not
-    /// run yet.
-    pub fn new(config: &MachineConfig, _events: Events) -> Result<Machine> {
+    /// run yet. Without [`Machine::load`] they idle.
+    pub fn new(config: &MachineConfig, events: Events) -> Result<Machine> {
         let (memory, page) = (config.memory, 4096);
         if memory < layout::MEMORY_MIN || memory % page != 0 {
             bail!(
@@ -114,72 +130,114 @@ impl Machine {
                 layout::MEMORY_MIN >> 20
             );
         }
-        let kvm = match config.accel {
+        let host = match config.accel {
             Accel::Kvm => Some(kvm::open()?),
             Accel::None => None,
         };
-        let phys_bits = 39;
+        let phys_bits = host.as_ref().map_or(PHYS_BITS, |h| cpu::phys_bits(h.cpuid.as_slice()));
         let layout = Layout::new(memory, phys_bits).ok_or_else(|| {
             Error::new(format!(
                 "memory of {memory} bytes does not fit into {phys_bits} bits of physical address"
             ))
         })?;
         let mem = Mem::for_layout(&layout)?;
-        let vm = kvm.as_ref().map(|kvm| kvm::Vm::new(kvm, &mem)).transpose()?;
-        let controllers = Arc::new(Controllers::new(vm.as_ref().map(|vm| vm.fd.clone())));
+        let vm = host.as_ref().map(|host| host.create_vm(&mem)).transpose()?;
+        let controllers = Arc::new(Controllers::new(vm.clone()));
         let interrupts: Arc<dyn Interrupts> = controllers.clone();
         let (pio, mmio) = (Arc::new(Bus::default()), Arc::new(Bus::default()));
         let pm = Arc::new(AcpiPm::new(Line::new(interrupts.clone(), u32::from(layout::GED_IRQ))));
         let ok = pio.add(u64::from(layout::ACPI_PM), u64::from(layout::ACPI_PM_LEN), pm.clone())
             && mmio.add(layout::IOAPIC, 0x1000, controllers.clone());
         debug_assert!(ok, "the buses were empty");
+        let topology = config.topology;
+        let processors = match (&host, &vm) {
+            (Some(host), Some(vm)) => {
+                let fds = host.create_vcpus(vm, &topology)?;
+                Some(Processors::new(fds, pio.clone(), mmio.clone(), controllers.clone(), events))
+            }
+            _ => None,
+        };
         Ok(Machine {
+            processors,
             pio,
             mmio,
-            mem,
             interrupts,
             layout,
             platform: Platform::default(),
             pm,
             controllers,
-            config: config.clone(),
+            topology,
+            boot: None,
+            used: false,
+            mem,
         })
     }
 
     /// Puts a kernel, its initrd and tables into memory, and the first processor at its entry.
     /// Reports what is wrong with the files; call it before [`Machine::start`].
     pub fn load(&mut self, boot: &BootConfig) -> Result<()> {
-        bail!("{}: this build cannot boot kernels", boot.kernel.display())
+        self.boot = Some(Boot::open(boot)?);
+        self.enter()
+    }
+
+    /// Loads what is to be booted, and puts the first processor at its beginning.
+    fn enter(&mut self) -> Result<()> {
+        let start = match &mut self.boot {
+            Some(boot) => boot.load(&self.mem, &self.layout, layout::ACPI, !self.used)?,
+            None => Start::Idle,
+        };
+        self.used = true;
+        self.processors.as_ref().map_or(Ok(()), |p| p.enter(&start))
     }
 
     /// Starts the processors' threads, and the processors.
     pub fn start(&mut self) -> Result<()> {
-        self.start_paused()?;
-        self.resume();
-        Ok(())
+        self.spawn(Target::Run)
     }
 
     /// Starts the processors' threads; the processors run from [`Machine::resume`] on.
     pub fn start_paused(&mut self) -> Result<()> {
-        Ok(())
+        self.spawn(Target::Pause)
+    }
+
+    fn spawn(&mut self, target: Target) -> Result<()> {
+        if !self.used {
+            self.enter()?;
+        }
+        self.processors.as_mut().map_or(Ok(()), |p| p.start(target))
     }
 
     /// Stops the processors; returns when none touches a device or memory.
-    pub fn pause(&mut self) {}
+    pub fn pause(&mut self) {
+        if let Some(p) = &self.processors {
+            p.pause();
+        }
+    }
 
     /// Lets the processors run (on).
-    pub fn resume(&mut self) {}
+    pub fn resume(&mut self) {
+        if let Some(p) = &self.processors {
+            p.resume();
+        }
+    }
 
     /// Back to the state after [`Machine::load`]: processors, interrupt controllers, kernel image.
     /// Only while paused; the devices reset themselves.
     pub fn reset(&mut self) -> Result<()> {
         self.controllers.reset();
         self.pm.reset();
-        Ok(())
+        if let Some(p) = &self.processors {
+            p.reset(|index, fd| cpu_state::reset(fd, index == 0))?;
+        }
+        self.enter()
     }
 
     /// Ends the processors' threads, for good.
-    pub fn stop(&mut self) {}
+    pub fn stop(&mut self) {
+        if let Some(p) = &mut self.processors {
+            p.stop();
+        }
+    }
 
     /// Presses the power button.
     pub fn power_button(&self) {
@@ -188,15 +246,27 @@ impl Machine {
 
     /// The processors.
     pub fn cpus(&self) -> Vec<CpuInfo> {
-        let topology = &self.config.topology;
-        (0..topology.cpus())
-            .map(|index| CpuInfo { index, place: topology.place(index), thread_id: 0 })
+        let thread_id = |index| self.processors.as_ref().map_or(0, |p| p.thread_id(index));
+        (0..self.topology.cpus())
+            .map(|index| CpuInfo { index, place: self.topology.place(index), thread_id: thread_id(index) })
             .collect()
     }
 
     /// For each processor: its program counter, and whether it has halted. Interrupts running
     /// processors for a moment.
     pub fn cpu_states(&mut self) -> Vec<(u64, bool)> {
-        vec![(0, true); self.config.topology.cpus()]
+        let Some(p) = &self.processors else { return vec![(0, true); self.topology.cpus()] };
+        let running = p.running();
+        if running {
+            p.pause();
+        }
+        let states = p.states();
+        if running {
+            p.resume();
+        }
+        states
     }
 }
+
+#[cfg(test)]
+mod guest_test;
