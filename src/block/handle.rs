@@ -366,7 +366,7 @@ impl Handle {
     }
 
     /// The graph has changed the length below.
-    pub(super) fn resized(&self) {
+    pub(crate) fn resized(&self) {
         let len = self.len();
         if let Some(hook) = &*lock(&self.resized) {
             hook(len);

@@ -9,5 +9,9 @@ mod blk_io;
 pub mod device;
 pub mod kick;
 pub mod pci;
+pub mod net;
+mod net_io;
 pub mod queue;
+#[cfg(test)]
+pub mod testing;
 pub mod worker;

@@ -118,6 +118,11 @@ impl Queue {
         self.index
     }
 
+    /// Entries; 0 while the ring is not in use.
+    pub fn size(&self) -> u16 {
+        self.lock().live.as_ref().map_or(0, |live| live.split.size())
+    }
+
     fn lock(&self) -> MutexGuard<'_, Ring> {
         self.ring.lock().unwrap_or_else(PoisonError::into_inner)
     }
