@@ -8,9 +8,9 @@ pub mod blk;
 mod blk_io;
 pub mod device;
 pub mod kick;
-pub mod pci;
 pub mod net;
 mod net_io;
+pub mod pci;
 pub mod queue;
 #[cfg(test)]
 pub mod testing;
