@@ -1,5 +1,6 @@
 //! The one owner: the VM, its run state, and the event loop.
 
+pub mod board;
 pub mod event_loop;
 pub mod state;
 pub mod vm;

@@ -3,6 +3,7 @@
 //! Owns: the registries, the run state, the outbox of QMP events, and whether the process goes on.
 //! Never: sockets, JSON text, formats. Threads: control only; plain `&mut`. Locks: none of its own.
 
+use super::board::Board;
 use super::state::RunState;
 use crate::error::{Error, Result};
 use crate::event::{BlockIoError, ErrorAction, Event, Events};
@@ -137,6 +138,8 @@ pub struct Vm {
     pub fds: FdSets,
     /// The machine; none in a VM that is being made.
     pub machine: Option<Machine>,
+    /// What sits around the processors; there when the machine is.
+    pub board: Option<Board>,
     /// The default CPU of the human commands (`cpu`).
     pub current_cpu: i64,
     /// There is a monitor: somebody who can deal with a VM that has stopped.
@@ -155,6 +158,7 @@ impl Vm {
             outbox: Vec::new(),
             fds: FdSets::new(),
             machine: None,
+            board: None,
             current_cpu: 0,
             attended: false,
             exit: None,
@@ -212,6 +216,9 @@ impl Vm {
         } else {
             self.become_state(RunState::Prelaunch);
         }
+        if let Some(board) = &self.board {
+            board.reset();
+        }
         let done = self.machine.as_mut().map_or(Ok(()), Machine::reset);
         self.emit("RESET", cause.data());
         match done {
@@ -234,10 +241,16 @@ impl Vm {
         if let Some(machine) = &mut self.machine {
             machine.pause();
         }
+        if let Some(board) = &self.board {
+            board.pause();
+        }
     }
 
     /// The reverse of [`Vm::halt`].
     fn go(&mut self) {
+        if let Some(board) = &self.board {
+            board.resume();
+        }
         if let Some(machine) = &mut self.machine {
             machine.resume();
         }

@@ -87,6 +87,9 @@ pub const ACPI_PM_LEN: u16 = 16;
 pub const GED_IRQ: u8 = 9;
 /// PCI configuration mechanism #1: address and data.
 pub const PCI_CONF1: u16 = 0xcf8;
+/// INTA# of a function on PCI slot `n` is IOAPIC pin `PCI_IRQ + n % 4`, level, active high
+/// (`_PRT` in the ACPI tables says so).
+pub const PCI_IRQ: u8 = 16;
 /// Pins of the IOAPIC.
 pub const IOAPIC_PINS: u32 = 24;
 

@@ -4,6 +4,7 @@ pub mod buf;
 pub mod fdio;
 pub mod fdset;
 pub mod inbox;
+pub mod inherit;
 pub mod iov;
 pub mod log;
 pub mod ofd;

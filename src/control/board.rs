@@ -1,0 +1,102 @@
+//! What sits around the processors: the PCI root, and the devices at fixed places.
+//!
+//! Owns: those devices, and in which order they are paused and reset. Never: knows what is on a PCI
+//! slot. Threads: control. Locks: none.
+
+use crate::chardev::chardev::Chardev;
+use crate::devices::cmos::{self, Cmos};
+use crate::devices::debug_exit::{self, DebugExit};
+use crate::devices::i8042::{self, I8042};
+use crate::devices::serial::{self, Serial};
+use crate::error::{Error, Result};
+use crate::machine::Machine;
+use crate::machine::bus::BusDevice;
+use crate::machine::irq::Line;
+use crate::machine::layout::{ECAM, MMIO32, PCI_CONF1, PCI_IRQ};
+use crate::pci::root::PciRoot;
+use std::sync::Arc;
+
+/// See the module's head.
+pub struct Board {
+    /// The PCI root.
+    pub pci: Arc<PciRoot>,
+    serial: Vec<Arc<Serial>>,
+    i8042: Arc<I8042>,
+    cmos: Arc<Cmos>,
+}
+
+/// Serial ports at most.
+pub const SERIAL_MAX: usize = serial::PORTS.len();
+
+impl Board {
+    /// Puts the PCI root, the keyboard controller (for its reset line) and the clock on the buses.
+    /// A guest without them does not find a way to reboot, and waits 15 s for a clock that is not
+    /// there; they cost nothing while nobody uses them.
+    pub fn new(machine: &mut Machine) -> Result<Board> {
+        let interrupts = &machine.interrupts;
+        // Below 4 GiB, where also small guests have mapped it; 512 MiB are plenty for registers.
+        let pci = PciRoot::new(machine.mmio.clone(), interrupts, PCI_IRQ.into(), MMIO32);
+        let i8042 = Arc::new(I8042::new(Line::new(interrupts.clone(), i8042::IRQ)));
+        let cmos = Arc::new(Cmos::new());
+        port(machine, PCI_CONF1.into(), 8, pci.ports())?;
+        port(machine, i8042::PORT, i8042::LEN, i8042.clone())?;
+        port(machine, cmos::PORT, cmos::LEN, cmos.clone())?;
+        if !machine.mmio.add(ECAM.start, ECAM.end - ECAM.start, pci.ecam()) {
+            return Err(Error::new("no place for PCI's configuration space"));
+        }
+        machine.platform.pci = true;
+        machine.platform.i8042 = true;
+        machine.platform.cmos = true;
+        Ok(Board { pci, serial: Vec::new(), i8042, cmos })
+    }
+
+    /// Adds the next serial port.
+    pub fn add_serial(&mut self, machine: &mut Machine, chardev: Arc<Chardev>) -> Result<()> {
+        let n = self.serial.len();
+        let (Some(&base), Some(&irq)) = (serial::PORTS.get(n), serial::IRQS.get(n)) else {
+            return Err(Error::new(format!("there are {SERIAL_MAX} serial ports at most")));
+        };
+        let device = Serial::new(Line::new(machine.interrupts.clone(), irq), chardev);
+        port(machine, base, serial::LEN, device.clone())?;
+        // Ports and pins of PC hardware are below 2^16 and 2^8.
+        machine.platform.serial.push((base as u16, irq as u8));
+        self.serial.push(device);
+        Ok(())
+    }
+
+    /// Adds QEMU's `isa-debug-exit` at I/O port `base`.
+    pub fn add_debug_exit(&mut self, machine: &Machine, base: Option<u64>) -> Result<()> {
+        port(machine, base.unwrap_or(debug_exit::EXIT_PORT), debug_exit::EXIT_LEN, Arc::new(DebugExit))
+    }
+
+    /// All devices stop taking work. The processors are stopped.
+    pub fn pause(&self) {
+        self.pci.pause();
+    }
+
+    /// All devices go on. Before the processors do.
+    pub fn resume(&self) {
+        self.pci.resume();
+    }
+
+    /// All devices back to power-on state. The processors are stopped.
+    pub fn reset(&self) {
+        self.pci.reset();
+        self.serial.iter().for_each(|s| s.reset());
+        self.i8042.reset();
+        self.cmos.reset();
+    }
+
+    /// All devices stop for good, and what they have still to print is printed.
+    pub fn stop(&self) {
+        self.pci.stop();
+        self.serial.iter().for_each(|s| s.chardev().close());
+    }
+}
+
+fn port(machine: &Machine, base: u64, len: u64, device: Arc<dyn BusDevice>) -> Result<()> {
+    if machine.pio.add(base, len, device) {
+        return Ok(());
+    }
+    Err(Error::new(format!("the I/O ports from {base:#x} on are taken")))
+}
