@@ -4,6 +4,7 @@ pub mod event;
 pub mod fds;
 pub mod introspect;
 pub mod schema;
+pub mod wire;
 
 mod cmd_core;
 mod cmd_fd;
