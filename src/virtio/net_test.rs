@@ -91,7 +91,8 @@ fn from_guest(far: &UnixDatagram) -> Vec<u8> {
 fn addresses_are_read_as_written() {
     assert_eq!(parse_mac("52:54:00:ab:CD:1"), Some([0x52, 0x54, 0, 0xab, 0xcd, 1]));
     assert_eq!(parse_mac("52-54-00-12-34-56"), Some(default_mac(0)));
-    for bad in ["", "52:54:00:12:34", "52:54:00:12:34:56:78", "52:54:00:12:34:g6", "52:54:00:12:34:+6", ":::::"]
+    for bad in
+        ["", "52:54:00:12:34", "52:54:00:12:34:56:78", "52:54:00:12:34:g6", "52:54:00:12:34:+6", ":::::"]
     {
         assert_eq!(parse_mac(bad), None, "{bad}");
     }
