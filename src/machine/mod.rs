@@ -7,6 +7,8 @@
 //! alone calls it; what it hands out (buses, memory, interrupts) is for all. Locks: none of its own;
 //! the order on vCPU threads is `Bus (read) → device Mutex → inbox`.
 
+mod acpi;
+mod acpi_aml;
 pub mod acpi_pm;
 pub mod boot;
 mod boot_elf;
@@ -183,7 +185,11 @@ impl Machine {
     /// Loads what is to be booted, and puts the first processor at its beginning.
     fn enter(&mut self) -> Result<()> {
         let start = match &mut self.boot {
-            Some(boot) => boot.load(&self.mem, &self.layout, layout::ACPI, !self.used)?,
+            Some(boot) => {
+                let tables = acpi::build(&self.layout, &self.topology, &self.platform)?;
+                boot::write(&self.mem, layout::ACPI, &tables)?;
+                boot.load(&self.mem, &self.layout, layout::ACPI, !self.used)?
+            }
             None => Start::Idle,
         };
         self.used = true;
