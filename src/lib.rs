@@ -31,5 +31,6 @@ pub mod pci;
 pub mod qapi;
 pub mod qcow2;
 pub mod qmp;
+pub mod startup;
 pub mod sys;
 pub mod virtio;

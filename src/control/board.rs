@@ -26,7 +26,7 @@ pub struct Board {
 }
 
 /// Serial ports at most.
-pub const SERIAL_MAX: usize = serial::PORTS.len();
+const SERIAL_MAX: usize = serial::PORTS.len();
 
 impl Board {
     /// Puts the PCI root, the keyboard controller (for its reset line) and the clock on the buses.
@@ -50,16 +50,25 @@ impl Board {
         Ok(Board { pci, serial: Vec::new(), i8042, cmos })
     }
 
+    /// Says in the firmware's tables that there will be `n` serial ports; before the kernel is loaded.
+    pub fn announce_serial(machine: &mut Machine, n: usize) -> Result<()> {
+        if n > SERIAL_MAX {
+            return Err(Error::new(format!("there are {SERIAL_MAX} serial ports at most")));
+        }
+        // Ports and pins of PC hardware are below 2^16 and 2^8.
+        let ports = serial::PORTS.iter().zip(serial::IRQS).take(n);
+        machine.platform.serial = ports.map(|(&base, irq)| (base as u16, irq as u8)).collect();
+        Ok(())
+    }
+
     /// Adds the next serial port.
-    pub fn add_serial(&mut self, machine: &mut Machine, chardev: Arc<Chardev>) -> Result<()> {
+    pub fn add_serial(&mut self, machine: &Machine, chardev: Arc<Chardev>) -> Result<()> {
         let n = self.serial.len();
         let (Some(&base), Some(&irq)) = (serial::PORTS.get(n), serial::IRQS.get(n)) else {
             return Err(Error::new(format!("there are {SERIAL_MAX} serial ports at most")));
         };
         let device = Serial::new(Line::new(machine.interrupts.clone(), irq), chardev);
         port(machine, base, serial::LEN, device.clone())?;
-        // Ports and pins of PC hardware are below 2^16 and 2^8.
-        machine.platform.serial.push((base as u16, irq as u8));
         self.serial.push(device);
         Ok(())
     }

@@ -4,8 +4,10 @@
 //! Never: sockets, JSON text, formats. Threads: control only; plain `&mut`. Locks: none of its own.
 
 use super::board::Board;
+use crate::block::graph::Graph;
+use crate::net::netdev::Netdevs;
 use super::state::RunState;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, strerror};
 use crate::event::{BlockIoError, ErrorAction, Event, Events};
 use crate::machine::cpu::Topology;
 use crate::machine::{Accel, Machine};
@@ -140,6 +142,10 @@ pub struct Vm {
     pub machine: Option<Machine>,
     /// What sits around the processors; there when the machine is.
     pub board: Option<Board>,
+    /// The block graph: nodes, and the handles that use them.
+    pub graph: Graph,
+    /// The network backends.
+    pub netdevs: Netdevs,
     /// The default CPU of the human commands (`cpu`).
     pub current_cpu: i64,
     /// There is a monitor: somebody who can deal with a VM that has stopped.
@@ -159,6 +165,8 @@ impl Vm {
             fds: FdSets::new(),
             machine: None,
             board: None,
+            graph: Graph::new(),
+            netdevs: Netdevs::default(),
             current_cpu: 0,
             attended: false,
             exit: None,
@@ -203,6 +211,9 @@ impl Vm {
         if self.run_state.needs_reset() {
             return Err(Error::new("Resetting the Virtual Machine is required"));
         }
+        for handle in self.graph.handles() {
+            handle.reset_io_status();
+        }
         self.become_state(RunState::Running);
         self.emit("RESUME", Value::Null);
         self.go();
@@ -244,6 +255,10 @@ impl Vm {
         if let Some(board) = &self.board {
             board.pause();
         }
+        // Nobody has a request under way now.
+        if let Err(e) = self.graph.flush_all() {
+            log::error!("flushing the disks of a stopped VM: {}", strerror(&e));
+        }
     }
 
     /// The reverse of [`Vm::halt`].
@@ -254,6 +269,23 @@ impl Vm {
         if let Some(machine) = &mut self.machine {
             machine.resume();
         }
+    }
+
+    /// The end: nothing runs any more, and all disks are written back and closed. The first error
+    /// of a disk is returned.
+    pub fn shut_down(&mut self) -> io::Result<()> {
+        if let Some(machine) = &mut self.machine {
+            machine.pause();
+        }
+        if let Some(board) = &self.board {
+            board.stop();
+        }
+        if let Some(machine) = &mut self.machine {
+            machine.stop();
+        }
+        let flushed = self.graph.flush_all();
+        self.graph.close_all();
+        flushed
     }
 
     /// The VM cannot go on. It stays for a client to look at, unless there is none who could.

@@ -6,7 +6,7 @@
 use super::schema::Cx;
 use crate::control::state::RunState;
 use crate::control::vm::Cause;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::machine::{Accel, CpuInfo};
 use crate::{bail, commands, wire_enum, wire_struct};
 

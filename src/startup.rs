@@ -1,0 +1,157 @@
+//! From a configuration to a VM that is ready to run, top to bottom.
+//!
+//! Owns: the order. Nothing outside the process is made or changed before everything that can be
+//! wrong has been looked at: first what is only read (images are opened and locked, but not
+//! written), then what leaves a trace (files, sockets), last the guest. Never: decides what a
+//! running VM does. Threads: main. Locks: none.
+
+use crate::chardev::{chardev::Chardev, console, file};
+use crate::config::{Boot, Config, Kind, QmpEnd, SerialEnd, Table};
+use crate::config_tree::Fault;
+use crate::control::board::Board;
+use crate::control::event_loop::{self, Source, TERMINATION};
+use crate::control::vm::Vm;
+use crate::error::{Error, Result, strerror};
+use crate::machine::{Accel, BootConfig, Machine, MachineConfig};
+use crate::sys::inherit::Inherited;
+use crate::sys::poll::Signals;
+use serde_json::Value;
+use std::sync::Arc;
+
+/// Looks at everything that `config` names, without changing anything. /dev/kvm is not needed.
+pub fn check(config: &Config) -> Result<(), String> {
+    let mut vm = build(config, true).map_err(|f| config.sources.message(&f))?.vm;
+    vm.graph.close_all();
+    Ok(())
+}
+
+/// Runs the VM; the process's exit status.
+pub fn run(config: &Config) -> Result<u8, String> {
+    // Before the first thread, which inherits it.
+    let signals = Signals::block(&TERMINATION).map_err(|e| strerror(&e))?;
+    let mut built = build(config, false).map_err(|f| config.sources.message(&f))?;
+    let mut sources = open_ends(config, &mut built).map_err(|f| config.sources.message(&f))?;
+    let mut vm = built.vm;
+    start(&mut vm).map_err(|e| e.desc)?;
+    let mut borrowed: Vec<&mut dyn Source> = sources.iter_mut().map(|s| &mut **s as &mut dyn Source).collect();
+    let ran = event_loop::run(&mut vm, &signals, &mut borrowed);
+    // Disks are closed before the monitors are: a client that sees the end may use the images.
+    vm.shut_down().map_err(|e| format!("the disks were not written back: {}", strerror(&e)))?;
+    ran.map_err(|e| format!("the control loop failed: {}", strerror(&e)))
+}
+
+/// A VM of which nothing has left a trace yet.
+struct Built {
+    vm: Vm,
+    inherited: Inherited,
+}
+
+fn build(config: &Config, check: bool) -> Result<Built, Fault> {
+    let inherited = claim(config)?;
+    let plain = |e: Error| Fault { at: None, text: e.desc };
+    let mut vm = Vm::new(config.settings.clone()).map_err(|e| plain(e.into()))?;
+    vm.attended = !config.qmp.is_empty();
+
+    // The kernel's part first: memory before the interrupt controller is what makes it fast.
+    let settings = &config.settings;
+    let accel = if check { Accel::None } else { settings.accel };
+    let wanted = MachineConfig { memory: settings.memory, topology: settings.topology, accel };
+    let mut machine = Machine::new(&wanted, vm.events.clone()).map_err(plain)?;
+    let board = Board::new(&mut machine).map_err(plain)?;
+    (vm.machine, vm.board) = (Some(machine), Some(board));
+
+    for table in &config.tables {
+        add(&mut vm, &inherited, table).map_err(|e| table.fault(&e.desc))?;
+    }
+    if let Some(machine) = &mut vm.machine {
+        if let Some(last) = config.serial.last() {
+            let fault = |e: Error| Fault::new(&last.at, format!("[[serial]] {e}"));
+            Board::announce_serial(machine, config.serial.len()).map_err(fault)?;
+        }
+        if let Some(boot) = &config.boot {
+            load(machine, boot)?;
+        }
+    }
+    Ok(Built { vm, inherited })
+}
+
+/// Takes possession of the descriptors that the tables name.
+fn claim(config: &Config) -> Result<Inherited, Fault> {
+    let fdset = |t: &Table| t.arguments.get("fd").and_then(Value::as_i64).and_then(|n| i32::try_from(n).ok());
+    let netdev = |t: &Table| t.arguments.get("fd").and_then(Value::as_str).and_then(|s| s.parse().ok());
+    let mut named = Vec::new();
+    for table in &config.tables {
+        let fd = match table.kind {
+            Kind::Fdset => fdset(table),
+            Kind::Netdev => netdev(table),
+            _ => None,
+        };
+        named.extend(fd.map(|fd: i32| (fd, table.item.place_of("fd"), table.kind.header())));
+    }
+    for qmp in &config.qmp {
+        if let QmpEnd::Fd(fd) = qmp.end {
+            named.push((fd, &qmp.at, "[[qmp]]"));
+        }
+    }
+    Inherited::claim(named.iter().map(|n| n.0)).map_err(|(fd, e)| {
+        let text = format!("'fd' {fd} was not passed to this process: {}", strerror(&e));
+        match named.iter().find(|n| n.0 == fd) {
+            Some((_, at, header)) => Fault::new(at, format!("{header} {text}")),
+            None => Fault { at: None, text },
+        }
+    })
+}
+
+/// One table of a command's arguments.
+fn add(vm: &mut Vm, inherited: &Inherited, table: &Table) -> Result<()> {
+    let _ = (vm, inherited);
+    Err(Error::new(format!("there is no {} yet", table.kind.header())))
+}
+
+/// Opens what leaves a trace: files for output, the terminal, sockets.
+fn open_ends(config: &Config, built: &mut Built) -> Result<Vec<Box<dyn Source>>, Fault> {
+    let Built { vm, inherited } = built;
+    for (n, serial) in config.serial.iter().enumerate() {
+        let label = format!("serial{n}");
+        let fault = |text: String| Fault::new(&serial.at, format!("[[serial]] {text}"));
+        let chardev: Arc<Chardev> = match &serial.end {
+            SerialEnd::Stdio => console::open(&label, vm.events.clone()).map_err(|e| fault(strerror(&e)))?,
+            SerialEnd::File(path) => file::open(&label, path, false)
+                .map_err(|e| fault(format!("'file' {}: {}", path.display(), strerror(&e))))?,
+        };
+        if let (Some(machine), Some(board)) = (&vm.machine, &mut vm.board) {
+            board.add_serial(machine, chardev).map_err(|e| fault(e.desc))?;
+        }
+    }
+    let _ = inherited;
+    Ok(Vec::new())
+}
+
+fn load(machine: &mut Machine, boot: &Boot) -> Result<(), Fault> {
+    for (key, path, at) in [
+        ("kernel", Some(&boot.kernel), &boot.kernel_at),
+        ("initrd", boot.initrd.as_ref(), &boot.initrd_at),
+    ] {
+        // Said here, where the place is known; what is wrong inside is the loader's.
+        if let Some(Err(e)) = path.map(std::fs::metadata) {
+            let name = path.map_or(String::new(), |p| p.display().to_string());
+            return Err(Fault::new(at, format!("[boot] '{key}' {name}: {}", strerror(&e))));
+        }
+    }
+    let files = BootConfig {
+        kernel: boot.kernel.clone(),
+        initrd: boot.initrd.clone(),
+        cmdline: boot.cmdline.clone(),
+    };
+    machine.load(&files).map_err(|e| Fault::new(&boot.kernel_at, format!("[boot] {e}")))
+}
+
+fn start(vm: &mut Vm) -> Result<()> {
+    if let Some(machine) = &mut vm.machine {
+        machine.start_paused()?;
+    }
+    if !vm.settings.paused {
+        vm.cont()?;
+    }
+    Ok(())
+}
