@@ -33,7 +33,8 @@ pub fn run(config: &Config) -> Result<u8, String> {
     let mut sources = open_ends(config, &mut built).map_err(|f| config.sources.message(&f))?;
     let mut vm = built.vm;
     start(&mut vm).map_err(|e| e.desc)?;
-    let mut borrowed: Vec<&mut dyn Source> = sources.iter_mut().map(|s| &mut **s as &mut dyn Source).collect();
+    let mut borrowed: Vec<&mut dyn Source> =
+        sources.iter_mut().map(|s| &mut **s as &mut dyn Source).collect();
     let ran = event_loop::run(&mut vm, &signals, &mut borrowed);
     // Disks are closed before the monitors are: a client that sees the end may use the images.
     vm.shut_down().map_err(|e| format!("the disks were not written back: {}", strerror(&e)))?;
@@ -128,10 +129,9 @@ fn open_ends(config: &Config, built: &mut Built) -> Result<Vec<Box<dyn Source>>,
 }
 
 fn load(machine: &mut Machine, boot: &Boot) -> Result<(), Fault> {
-    for (key, path, at) in [
-        ("kernel", Some(&boot.kernel), &boot.kernel_at),
-        ("initrd", boot.initrd.as_ref(), &boot.initrd_at),
-    ] {
+    for (key, path, at) in
+        [("kernel", Some(&boot.kernel), &boot.kernel_at), ("initrd", boot.initrd.as_ref(), &boot.initrd_at)]
+    {
         // Said here, where the place is known; what is wrong inside is the loader's.
         if let Some(Err(e)) = path.map(std::fs::metadata) {
             let name = path.map_or(String::new(), |p| p.display().to_string());

@@ -4,13 +4,13 @@
 //! Never: sockets, JSON text, formats. Threads: control only; plain `&mut`. Locks: none of its own.
 
 use super::board::Board;
-use crate::block::graph::Graph;
-use crate::net::netdev::Netdevs;
 use super::state::RunState;
+use crate::block::graph::Graph;
 use crate::error::{Error, Result, strerror};
 use crate::event::{BlockIoError, ErrorAction, Event, Events};
 use crate::machine::cpu::Topology;
 use crate::machine::{Accel, Machine};
+use crate::net::netdev::Netdevs;
 use crate::sys::fdset::FdSets;
 use crate::sys::inbox::Inbox;
 use serde_json::{Map, Value, json};
