@@ -131,7 +131,8 @@ impl PciRoot {
         Ok(slot)
     }
 
-    fn find_slot(&self, wanted: Option<u8>, name: &str) -> Result<u8> {
+    /// Which slot `plug` would take; an error when it is not free, or none is.
+    pub fn find_slot(&self, wanted: Option<u8>, name: &str) -> Result<u8> {
         let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
         match wanted {
             Some(n) => match slots.get(usize::from(n)) {

@@ -9,6 +9,7 @@ pub mod iov;
 pub mod log;
 pub mod ofd;
 pub mod poll;
+pub mod random;
 pub mod thread;
 pub mod tty;
 pub mod tun;

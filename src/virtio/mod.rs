@@ -8,10 +8,13 @@ pub mod blk;
 mod blk_io;
 pub mod device;
 pub mod kick;
+pub mod kinds;
 pub mod net;
 mod net_io;
 pub mod pci;
+pub mod properties;
 pub mod queue;
+pub mod rng;
 #[cfg(test)]
 pub mod testing;
 pub mod worker;
