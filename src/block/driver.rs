@@ -134,6 +134,8 @@ pub struct ImageInfo {
     pub cluster_size: Option<u64>,
     /// Bytes that the image takes on its storage, if known.
     pub actual_size: Option<u64>,
+    /// The image was not closed properly and is not repaired yet.
+    pub dirty: bool,
     /// Backing file, as the image's header names it.
     pub backing_filename: Option<String>,
     /// Backing format, as the header records it.
@@ -227,6 +229,12 @@ pub trait Driver: Send + Sync {
     /// The file name to show for this node ("" if none can).
     fn filename(&self) -> String {
         String::new()
+    }
+
+    /// The driver's own options as `blockdev-add` takes them, children left out: for the `json:`
+    /// name of a node that no plain file name describes.
+    fn own_options(&self) -> serde_json::Map<String, serde_json::Value> {
+        serde_json::Map::new()
     }
 
     /// Device and inode number of the file that a protocol stands on: tells loops of backing files.

@@ -539,6 +539,10 @@ impl Driver for File {
         self.filename.clone()
     }
 
+    fn own_options(&self) -> Map<String, Value> {
+        Map::from_iter([("filename".to_string(), json!(self.filename))])
+    }
+
     fn file_id(&self) -> Option<(u64, u64)> {
         Some(self.id)
     }

@@ -279,7 +279,18 @@ impl Graph {
 
     /// A new handle on `node`, or on nothing; fails when others do not share what it does.
     pub fn attach(&mut self, node: Option<Arc<Node>>, spec: HandleSpec) -> Result<Arc<Handle>> {
+        self.attach_as(node, spec, "")
+    }
+
+    /// The same for a guest device, whose id messages name when the handle has no name.
+    pub fn attach_as(
+        &mut self,
+        node: Option<Arc<Node>>,
+        spec: HandleSpec,
+        device: &str,
+    ) -> Result<Arc<Handle>> {
         let handle = Handle::new(node, spec);
+        handle.set_owner(device, "", None);
         self.handles.push(handle.clone());
         match self.refresh() {
             Ok(()) => Ok(handle),
@@ -348,17 +359,23 @@ impl Graph {
         Ok(())
     }
 
-    /// Changes the length of `node`, with the guests above it waiting, and tells them. The error
-    /// is the driver's; EACCES for a read-only node.
-    pub fn resize(&mut self, node: &Arc<Node>, len: u64) -> std::io::Result<()> {
+    /// Changes the length of `node`, with the guests above it waiting, and tells them. Fails when
+    /// the node is read-only, when somebody does not share that right, and with the driver.
+    pub fn resize(&mut self, node: &Arc<Node>, len: u64) -> Result<()> {
+        if node.read_only() {
+            bail!("Image is read-only");
+        }
+        let spec = HandleSpec { uses: Perm::RESIZE, shares: Perm::ALL, ..HandleSpec::default() };
+        let user = self.attach(Some(node.clone()), spec)?;
         let quiesced = self.quiesce(&[node], &[]);
         let done = node.resize(len);
         drop(quiesced);
+        self.detach(&user);
         let above = |h: &&Arc<Handle>| h.root.node().is_some_and(|n| is_above(&n, &[node]));
         for handle in self.handles.iter().filter(above) {
             handle.resized();
         }
-        done
+        Ok(done?)
     }
 
     // ---- permissions

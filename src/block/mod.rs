@@ -5,6 +5,7 @@
 //! Lock order (take only rightwards): `Ticket → Edge (clone, drop) → a driver's own locks →
 //! bitmap list / stats / inbox`.
 
+pub mod drive;
 pub mod driver;
 pub mod file;
 mod filelock;

@@ -9,6 +9,7 @@ use super::perm;
 use crate::bail;
 use crate::error::Result;
 use crate::sys::iov::{Iov, IovMut};
+use serde_json::{Map, Value, json};
 use std::io;
 use std::sync::Arc;
 
@@ -127,6 +128,12 @@ impl Driver for Raw {
     fn info(&self) -> ImageInfo {
         let below = self.file.node().map(|n| n.driver.info()).unwrap_or_default();
         ImageInfo { actual_size: below.actual_size, ..ImageInfo::default() }
+    }
+
+    fn own_options(&self) -> Map<String, Value> {
+        let size = self.size.map(|size| ("size".to_string(), json!(size)));
+        let offset = (self.offset != 0).then(|| ("offset".to_string(), json!(self.offset)));
+        size.into_iter().chain(offset).collect()
     }
 
     fn filename(&self) -> String {

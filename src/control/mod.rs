@@ -2,5 +2,6 @@
 
 pub mod board;
 pub mod event_loop;
+pub mod formats;
 pub mod state;
 pub mod vm;

@@ -5,6 +5,7 @@
 
 use super::board::Board;
 use super::state::RunState;
+use crate::block::drive::Drives;
 use crate::block::graph::Graph;
 use crate::error::{Error, Result, strerror};
 use crate::event::{BlockIoError, ErrorAction, Event, Events};
@@ -138,6 +139,8 @@ pub struct Vm {
     pub outbox: Vec<QmpEvent>,
     /// Fd sets (`add-fd`, `/dev/fdset/N`).
     pub fds: FdSets,
+    /// The guest's disks, and those that wait for a device.
+    pub drives: Drives,
     /// The machine; none in a VM that is being made.
     pub machine: Option<Machine>,
     /// What sits around the processors; there when the machine is.
@@ -163,6 +166,7 @@ impl Vm {
             events: Arc::new(Inbox::new()?),
             outbox: Vec::new(),
             fds: FdSets::new(),
+            drives: Drives::new(),
             machine: None,
             board: None,
             graph: Graph::new(),

@@ -6,9 +6,13 @@ pub mod introspect;
 pub mod schema;
 pub mod wire;
 
+mod cmd_blockdev;
 mod cmd_core;
 mod cmd_fd;
 mod cmd_machine;
+mod cmd_query_block;
+mod query_block_types;
 
 /// Every command, one table a file.
-static TABLES: &[&[schema::Command]] = &[cmd_core::CORE, cmd_fd::FD, cmd_machine::MACHINE];
+static TABLES: &[&[schema::Command]] =
+    &[cmd_core::CORE, cmd_fd::FD, cmd_machine::MACHINE, cmd_blockdev::BLOCKDEV, cmd_query_block::QUERY_BLOCK];

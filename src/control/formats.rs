@@ -1,0 +1,242 @@
+//! The block drivers: the options of each as `blockdev-add` takes them, and how to open it.
+//!
+//! A new driver is a file with an [`Open`], and a row here. Owns: the table. Never: guests, QMP's
+//! connections. Threads: control. Locks: none.
+
+use crate::block::file::{BlockdevOptionsFile, FilePlan};
+use crate::block::node::DetectZeroes;
+use crate::block::null::{BlockdevOptionsNull, NullPlan};
+use crate::block::open::{Backing, Child, Common, Env, Open, PassedFd, Plan};
+use crate::block::raw::RawPlan;
+use crate::error::{Error, Result};
+use crate::qapi::{self, Flat, Null, Wire};
+use crate::sys::fdset::FdSets;
+use crate::{wire_alternate, wire_enum, wire_struct, wire_union};
+use std::cell::RefCell;
+
+wire_enum! {
+    /// What becomes of a discard request.
+    pub enum BlockdevDiscardOptions {
+        /// Nothing.
+        "ignore" Ignore,
+        /// It is passed on.
+        "unmap" Unmap,
+    }
+}
+
+wire_enum! {
+    /// What becomes of a write of zeroes.
+    pub enum BlockdevDetectZeroesOptions {
+        /// It is a write.
+        "off" Off,
+        /// It is a write-zeroes request.
+        "on" On,
+        /// It is a write-zeroes request that may give the space back; needs `discard` `unmap`.
+        "unmap" Unmap,
+    }
+}
+
+wire_struct! {
+    /// How the host's cache is used.
+    pub struct BlockdevCacheOptions {
+        /// Bypass the host's page cache (O_DIRECT).
+        direct: Option<bool>,
+        /// Ignore flushes: fast, and the image is lost in a crash of the host.
+        "no-flush" no_flush: Option<bool>,
+        /// False: follow each write with a flush. (Until QEMU 2.9; a device's `write-cache` is
+        /// the newer way.)
+        writeback: Option<bool>,
+    }
+}
+
+wire_union! {
+    /// A node of the block graph.
+    pub struct BlockdevOptions {}
+    /// Its driver.
+    "driver" => pub enum BlockdevDriver as driver {
+        /// A regular file.
+        "file" File(BlockdevOptionsFile),
+        /// A block device of the host.
+        "host_device" HostDevice(BlockdevOptionsFile),
+        /// No storage: writes are forgotten.
+        "null-aio" NullAio(BlockdevOptionsNull),
+        /// No storage: writes are forgotten.
+        "null-co" NullCo(BlockdevOptionsNull),
+        /// Bytes as they are.
+        "raw" Raw(Box<BlockdevOptionsRaw>),
+    }
+    .. {
+        /// Its name. Needed for the outermost node of a command if it is a protocol; a format
+        /// without one gets a name of its own, as inner nodes do.
+        "node-name" node_name: Option<String>,
+        /// Whether discard requests are passed on; by default they are not.
+        discard: Option<BlockdevDiscardOptions>,
+        /// How the host's cache is used.
+        cache: Option<BlockdevCacheOptions>,
+        /// Refuse writes.
+        "read-only" read_only: Option<bool>,
+        /// Open it read-only if it cannot be opened for writing.
+        "auto-read-only" auto_read_only: Option<bool>,
+        /// Take no locks; only for read-only nodes.
+        "force-share" force_share: Option<bool>,
+        /// What becomes of a write of zeroes.
+        "detect-zeroes" detect_zeroes: Option<BlockdevDetectZeroesOptions>,
+    }
+}
+
+wire_alternate! {
+    /// A node: defined here, or the name of one that exists.
+    pub enum BlockdevRef {
+        /// Opened with the node that it belongs to.
+        Definition(Box<BlockdevOptions>),
+        /// Exists already.
+        Reference(String),
+    }
+}
+
+wire_alternate! {
+    /// A node, or none.
+    pub enum BlockdevRefOrNull {
+        /// Opened with the node that it belongs to.
+        Definition(Box<BlockdevOptions>),
+        /// Exists already; "" is none.
+        Reference(String),
+        /// None.
+        Null(Null),
+    }
+}
+
+wire_struct! {
+    /// Options of every format.
+    pub struct BlockdevOptionsGenericFormat {
+        /// What has the image's bytes.
+        file: BlockdevRef,
+    }
+}
+
+wire_struct! {
+    /// Options of formats with backing files.
+    pub struct BlockdevOptionsGenericCOWFormat {
+        /// What has the image's bytes.
+        file: BlockdevRef,
+        /// The backing file; absent: what the image names; null: none.
+        backing: Option<BlockdevRefOrNull>,
+    }
+}
+
+wire_struct! {
+    /// Options of the driver `raw`.
+    pub struct BlockdevOptionsRaw {
+        /// What has the bytes.
+        base: Flat<BlockdevOptionsGenericFormat>,
+        /// Where the disk begins, in bytes.
+        offset: Option<i64>,
+        /// How long it is, in bytes; absent: up to the end.
+        size: Option<i64>,
+    }
+}
+
+fn child(r: BlockdevRef) -> Result<Child> {
+    Ok(match r {
+        BlockdevRef::Definition(options) => Child::New(Box::new(plan(*options)?)),
+        BlockdevRef::Reference(name) => Child::Node(name),
+    })
+}
+
+/// What a `backing` member says.
+pub fn backing(r: Option<BlockdevRefOrNull>) -> Result<Backing> {
+    Ok(match r {
+        None => Backing::FromImage,
+        Some(BlockdevRefOrNull::Null(_)) => Backing::Nothing,
+        Some(BlockdevRefOrNull::Reference(name)) if name.is_empty() => Backing::Nothing,
+        Some(BlockdevRefOrNull::Reference(name)) => Backing::Child(Child::Node(name)),
+        Some(BlockdevRefOrNull::Definition(options)) => Backing::Child(Child::New(Box::new(plan(*options)?))),
+    })
+}
+
+fn bytes(name: &str, n: Option<i64>) -> Result<Option<u64>> {
+    let bad = |_| Error::new(format!("Parameter '{name}' expects a non-negative value"));
+    n.map(|n| u64::try_from(n).map_err(bad)).transpose()
+}
+
+/// From `blockdev-add`'s arguments to what `block/open.rs` opens.
+pub fn plan(options: BlockdevOptions) -> Result<Plan> {
+    let common = Common {
+        node_name: options.node_name,
+        unmap: options.discard.map(|d| d == BlockdevDiscardOptions::Unmap),
+        direct: options.cache.as_ref().and_then(|c| c.direct),
+        no_flush: options.cache.as_ref().and_then(|c| c.no_flush),
+        writeback: options.cache.as_ref().and_then(|c| c.writeback),
+        read_only: options.read_only,
+        auto_read_only: options.auto_read_only,
+        force_share: options.force_share,
+        detect_zeroes: options.detect_zeroes.map(|d| match d {
+            BlockdevDetectZeroesOptions::Off => DetectZeroes::Off,
+            BlockdevDetectZeroesOptions::On => DetectZeroes::On,
+            BlockdevDetectZeroesOptions::Unmap => DetectZeroes::Unmap,
+        }),
+    };
+    let name = options.driver.word();
+    let driver: Box<dyn Open> = match options.driver {
+        BlockdevDriver::File(options) | BlockdevDriver::HostDevice(options) => {
+            Box::new(FilePlan { name, options })
+        }
+        BlockdevDriver::NullAio(options) | BlockdevDriver::NullCo(options) => {
+            Box::new(NullPlan { name, options })
+        }
+        BlockdevDriver::Raw(o) => Box::new(RawPlan {
+            file: child(o.base.0.file)?,
+            offset: bytes("offset", o.offset)?,
+            size: bytes("size", o.size)?,
+        }),
+    };
+    Ok(Plan { common, driver })
+}
+
+/// A format that stands on one file: its driver name, and the driver with default options.
+struct Layer {
+    name: &'static str,
+    open: fn(Child) -> Box<dyn Open>,
+}
+
+/// The formats that an image header, or `format=`, can name.
+static FORMATS: &[Layer] =
+    &[Layer { name: "raw", open: |file| Box::new(RawPlan { file, offset: None, size: None }) }];
+
+/// The formats and the fd sets, as opening a node needs them.
+pub struct Formats<'a> {
+    fds: RefCell<&'a mut FdSets>,
+}
+
+impl<'a> Formats<'a> {
+    /// For one command.
+    pub fn new(fds: &'a mut FdSets) -> Formats<'a> {
+        Formats { fds: RefCell::new(fds) }
+    }
+}
+
+impl Env for Formats<'_> {
+    fn layer(&self, format: &str, file: Child) -> Option<Plan> {
+        let layer = FORMATS.iter().find(|l| l.name == format)?;
+        Some(Plan { common: Common::default(), driver: (layer.open)(file) })
+    }
+
+    fn parse(&self, options: serde_json::Value) -> Result<Plan> {
+        plan(BlockdevOptions::take(options, &qapi::Path::Root)?)
+    }
+
+    fn protocol(&self, driver: &str, filename: &str) -> Option<Plan> {
+        let name = ["file", "host_device"].into_iter().find(|n| *n == driver)?;
+        let driver = Box::new(FilePlan::new(name, filename));
+        Some(Plan { common: Common::default(), driver })
+    }
+
+    fn fdset(&self, path: &str, flags: i32) -> Result<PassedFd> {
+        let (fd, in_use) = self.fds.borrow_mut().dup(path, flags)?;
+        Ok(PassedFd { fd, keep: Some(Box::new(in_use)) })
+    }
+}
+
+#[cfg(test)]
+#[path = "formats_test.rs"]
+mod tests;

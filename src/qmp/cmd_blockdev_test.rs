@@ -1,0 +1,227 @@
+use super::*;
+use crate::control::vm::{Settings, Vm};
+use crate::qmp::fds::Conn;
+use crate::qmp::schema;
+use serde_json::{Value, json};
+use std::path::PathBuf;
+
+/// A directory of its own for each test, gone at the end.
+pub(crate) struct Dir(PathBuf);
+
+impl Dir {
+    pub(crate) fn new(name: &str) -> Dir {
+        let path = std::env::temp_dir().join(format!("minivmm-{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&path).unwrap();
+        Dir(path)
+    }
+
+    pub(crate) fn file(&self, name: &str, len: u64) -> String {
+        let path = self.0.join(name);
+        std::fs::File::create(&path).unwrap().set_len(len).unwrap();
+        path.to_str().unwrap().to_string()
+    }
+
+    fn path(&self) -> String {
+        self.0.to_str().unwrap().to_string()
+    }
+}
+
+impl Drop for Dir {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+pub(crate) struct Qmp {
+    pub(crate) vm: Vm,
+    conn: Conn,
+}
+
+impl Qmp {
+    pub(crate) fn new() -> Qmp {
+        Qmp { vm: Vm::new(Settings::default()).unwrap(), conn: Conn::new() }
+    }
+
+    pub(crate) fn run(&mut self, name: &str, args: Value) -> Result<Value> {
+        let Value::Object(args) = args else { panic!("no object") };
+        schema::execute(&mut Cx { vm: &mut self.vm, conn: &mut self.conn }, name, args)
+    }
+
+    pub(crate) fn ok(&mut self, name: &str, args: Value) -> Value {
+        self.run(name, args.clone()).unwrap_or_else(|e| panic!("{name} {args}: {e}"))
+    }
+
+    pub(crate) fn err(&mut self, name: &str, args: Value) -> String {
+        match self.run(name, args.clone()) {
+            Ok(v) => panic!("{name} {args} succeeded: {v}"),
+            Err(e) => e.desc,
+        }
+    }
+
+    fn names(&mut self) -> Vec<String> {
+        let nodes = self.ok("query-named-block-nodes", json!({}));
+        let name = |n: &Value| n["node-name"].as_str().unwrap().to_string();
+        nodes.as_array().unwrap().iter().map(name).collect()
+    }
+}
+
+#[test]
+fn the_error_texts_of_blockdev_add() {
+    let dir = Dir::new("add-errors");
+    let raw = dir.file("b.raw", 1 << 20);
+    let none = format!("{}/nonexistent", dir.path());
+    let mut q = Qmp::new();
+    let file = |name: &str| json!({"driver": "file", "node-name": name, "filename": raw});
+    let inner = json!({"driver": "file", "filename": raw});
+    let long = "n".repeat(32);
+    q.ok("blockdev-add", file("f0"));
+    for (args, want) in [
+        (inner.clone(), "'node-name' must be specified for the root node".to_string()),
+        (file(""), "Invalid node-name: ''".into()),
+        (file("1abc"), "Invalid node-name: '1abc'".into()),
+        (file("a/b"), "Invalid node-name: 'a/b'".into()),
+        (file("#foo"), "Invalid node-name: '#foo'".into()),
+        (file(&long), "Node name too long".into()),
+        (file("f0"), "Duplicate nodes with node-name='f0'".into()),
+        (
+            json!({"driver": "file", "node-name": "x", "filename": none}),
+            format!("Could not open '{none}': No such file or directory"),
+        ),
+        (
+            json!({"driver": "file", "node-name": "x", "filename": dir.path()}),
+            format!("Could not open '{}': Is a directory", dir.path()),
+        ),
+        (
+            json!({"driver": "file", "node-name": "x", "filename": ""}),
+            "The 'file' block driver requires a file name".into(),
+        ),
+        (
+            json!({"driver": "raw", "node-name": "x", "file": "nonode"}),
+            "Cannot find device='nonode' nor node-name='nonode'".into(),
+        ),
+        (json!({"driver": "raw", "node-name": "x"}), "Parameter 'file' is missing".into()),
+        (
+            json!({"driver": "raw", "node-name": "x", "file": 5}),
+            "Invalid parameter type for 'file', expected: BlockdevRef".into(),
+        ),
+        (
+            json!({"driver": "raw", "node-name": "x", "file": inner, "offset": 1 << 30}),
+            "Offset (1073741824) cannot be greater than size of the containing file (1048576)".into(),
+        ),
+        (
+            json!({"driver": "raw", "node-name": "x", "file": inner, "size": 1 << 30}),
+            "The sum of offset (0) and size (1073741824) has to be smaller or equal to the  \
+             actual size of the containing file (1048576)"
+                .into(),
+        ),
+        (
+            json!({"driver": "raw", "node-name": "x", "file": inner, "discard": "maybe"}),
+            "Parameter 'discard' does not accept value 'maybe'".into(),
+        ),
+        (
+            json!({"driver": "raw", "node-name": "x", "file": inner, "detect-zeroes": "unmap"}),
+            "setting detect-zeroes to unmap is not allowed without setting discard operation to \
+             unmap"
+                .into(),
+        ),
+        (
+            json!({"driver": "raw", "node-name": "x",
+                   "file": {"driver": "file", "node-name": "x", "filename": raw}}),
+            "Duplicate nodes with node-name='x'".into(),
+        ),
+        (
+            json!({"driver": "raw", "node-name": "x",
+                   "file": {"driver": "file", "filename": raw, "zz": 1}}),
+            "Parameter 'file.zz' is unexpected".into(),
+        ),
+        (
+            json!({"driver": "raw", "node-name": "x", "file": inner, "force-share": true}),
+            "force-share=on can only be used with read-only images".into(),
+        ),
+        (
+            json!({"driver": "file", "node-name": "x", "filename": raw, "aio": "native"}),
+            "aio=native was specified, but it requires cache.direct=on, which was not specified.".into(),
+        ),
+        (
+            json!({"driver": "file", "node-name": "x", "filename": "/dev/null"}),
+            "'file' driver requires '/dev/null' to be a regular file".into(),
+        ),
+        (
+            json!({"driver": "host_device", "node-name": "x", "filename": raw}),
+            format!("'host_device' driver requires '{raw}' to be either a character or block device"),
+        ),
+        (
+            json!({"driver": "file", "node-name": "x", "filename": "/dev/fdset/7"}),
+            "Failed to find fdset /dev/fdset/7".into(),
+        ),
+    ] {
+        assert_eq!(q.err("blockdev-add", args), want);
+        assert_eq!(q.names(), ["f0"], "{want}: something is left over");
+    }
+}
+
+#[test]
+fn nodes_come_and_go_with_those_that_only_they_used() {
+    let dir = Dir::new("add-del");
+    let raw = dir.file("b.raw", 1 << 20);
+    let mut q = Qmp::new();
+    q.ok("blockdev-add", json!({"driver": "file", "node-name": "f0", "filename": raw}));
+    q.ok("blockdev-add", json!({"driver": "raw", "node-name": "r0", "file": "f0"}));
+    q.ok("blockdev-add", json!({"driver": "raw", "node-name": "r1", "file": "f0"}));
+    let inner = json!({"driver": "file", "filename": raw});
+    q.ok("blockdev-add", json!({"driver": "raw", "node-name": "r2", "file": inner, "offset": 4096}));
+    let names = q.names();
+    assert_eq!(names.len(), 5);
+    assert!(names[0] == "r2" && names[1].starts_with("#block") && names[2..] == ["r1", "r0", "f0"]);
+    let del = |name: &str| json!({"node-name": name});
+    assert_eq!(q.err("blockdev-del", del("f0")), "Block device f0 is in use");
+    assert_eq!(
+        q.err("blockdev-del", del(&names[1])),
+        format!("Node {} is not owned by the monitor", names[1])
+    );
+    q.ok("blockdev-del", del("r2"));
+    assert_eq!(q.names(), ["r1", "r0", "f0"]);
+    q.ok("x-blockdev-del", del("r0"));
+    assert_eq!(q.err("blockdev-del", del("f0")), "Block device f0 is in use");
+    q.ok("blockdev-del", del("r1"));
+    q.ok("blockdev-del", del("f0"));
+    assert_eq!(q.err("blockdev-del", del("f0")), "Failed to find node with node-name='f0'");
+    // A format may do without a name.
+    q.ok("blockdev-add", json!({"driver": "raw", "file": inner}));
+    let names = q.names();
+    q.ok("blockdev-del", del(&names[0]));
+    assert!(q.names().is_empty());
+}
+
+#[test]
+fn block_resize_and_its_errors() {
+    let dir = Dir::new("resize");
+    let raw = dir.file("r.raw", 1 << 20);
+    let mut q = Qmp::new();
+    let file = json!({"driver": "file", "filename": raw});
+    q.ok("blockdev-add", json!({"driver": "raw", "node-name": "raw", "file": file}));
+    q.ok("block_resize", json!({"node-name": "raw", "size": 65536}));
+    assert_eq!(std::fs::metadata(&raw).unwrap().len(), 65536);
+    let ro = json!({"driver": "raw", "node-name": "ro", "read-only": true, "file": file});
+    q.ok("blockdev-add", ro);
+    let fixed = json!({"driver": "raw", "node-name": "fixed", "size": 512, "file": file});
+    q.ok("blockdev-add", fixed);
+    for (args, want) in [
+        (json!({"node-name": "raw", "size": -1}), "Parameter 'size' expects a >0 size"),
+        (json!({"size": 1}), "Cannot find device='' nor node-name=''"),
+        (json!({"device": "no", "size": 1}), "Cannot find device='no' nor node-name=''"),
+        (json!({"device": "raw", "size": 1}), "Cannot find device='raw' nor node-name=''"),
+        (json!({"node-name": "no", "size": 1}), "Cannot find device='' nor node-name='no'"),
+        (json!({"node-name": "ro", "size": 1}), "Image is read-only"),
+        (json!({"node-name": "fixed", "size": 1}), "Cannot resize fixed-size raw disks"),
+    ] {
+        assert_eq!(q.err("block_resize", args), want);
+    }
+    // The window counts on the length of its file, though it has opened it on its own.
+    assert_eq!(
+        q.err("block_resize", json!({"node-name": "raw", "size": 0})),
+        "Failed to get \"resize\" lock"
+    );
+    q.ok("blockdev-del", json!({"node-name": "fixed"}));
+    q.ok("block_resize", json!({"node-name": "raw", "size": 0}));
+}

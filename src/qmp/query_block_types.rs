@@ -1,0 +1,313 @@
+//! What the block queries answer: QAPI's types.
+//!
+//! Owns: names and order of members. Never: where the values come from. Threads: control.
+
+use crate::control::formats::BlockdevDetectZeroesOptions;
+use crate::{wire_enum, wire_struct, wire_union};
+
+wire_enum! {
+    /// How the last stop on an I/O error came about.
+    pub enum BlockDeviceIoStatus {
+        /// There was none since the last `cont`.
+        "ok" Ok,
+        /// An I/O error.
+        "failed" Failed,
+        /// No space left.
+        "nospace" Nospace,
+    }
+}
+
+wire_struct! {
+    /// How caches are used.
+    pub struct BlockdevCacheInfo {
+        /// Writes may stay in a cache until the guest flushes.
+        writeback: bool,
+        /// The host's page cache is bypassed.
+        direct: bool,
+        /// Flushes are ignored.
+        "no-flush" no_flush: bool,
+    }
+}
+
+wire_struct! {
+    /// Of a file.
+    pub struct ImageInfoSpecificFile {
+        /// The extent size hint in bytes.
+        "extent-size-hint" extent_size_hint: Option<u64>,
+    }
+}
+
+wire_struct! {
+    /// Of a file.
+    pub struct ImageInfoSpecificFileWrapper {
+        /// Its particulars.
+        data: ImageInfoSpecificFile,
+    }
+}
+
+wire_struct! {
+    /// Of a qcow2 image.
+    pub struct ImageInfoSpecificQCow2 {
+        /// The version: 0.10 is 2, 1.1 is 3.
+        compat: String,
+        /// External data file, as the image names it.
+        "data-file" data_file: Option<String>,
+        /// The external data file is a raw image of the disk.
+        "data-file-raw" data_file_raw: Option<bool>,
+        /// Subclusters are used.
+        "extended-l2" extended_l2: Option<bool>,
+        /// Reference counts may be out of date after a crash.
+        "lazy-refcounts" lazy_refcounts: Option<bool>,
+        /// The image is marked as corrupt.
+        corrupt: Option<bool>,
+        /// Width of a reference count.
+        "refcount-bits" refcount_bits: i64,
+        /// How clusters are compressed.
+        "compression-type" compression_type: String,
+    }
+}
+
+wire_struct! {
+    /// Of a qcow2 image.
+    pub struct ImageInfoSpecificQCow2Wrapper {
+        /// Its particulars.
+        data: ImageInfoSpecificQCow2,
+    }
+}
+
+wire_union! {
+    /// What only images of one kind have.
+    pub struct ImageInfoSpecific {}
+    /// The kind.
+    "type" => pub enum ImageInfoSpecificKind as kind {
+        /// A file.
+        "file" File(ImageInfoSpecificFileWrapper),
+        /// A qcow2 image.
+        "qcow2" Qcow2(ImageInfoSpecificQCow2Wrapper),
+    }
+}
+
+wire_struct! {
+    /// An image.
+    pub struct ImageInfo {
+        /// Its name.
+        filename: String,
+        /// Its format.
+        format: String,
+        /// It was not closed properly.
+        "dirty-flag" dirty_flag: Option<bool>,
+        /// Bytes that it takes on the host.
+        "actual-size" actual_size: Option<u64>,
+        /// Length of the disk in bytes.
+        "virtual-size" virtual_size: u64,
+        /// Bytes of a cluster.
+        "cluster-size" cluster_size: Option<u64>,
+        /// True when it is encrypted.
+        encrypted: Option<bool>,
+        /// The backing file, as the image names it.
+        "backing-filename" backing_filename: Option<String>,
+        /// The same, made absolute or relative to this process.
+        "full-backing-filename" full_backing_filename: Option<String>,
+        /// Its format, as the image records it.
+        "backing-filename-format" backing_filename_format: Option<String>,
+        /// What only its format has.
+        "format-specific" format_specific: Option<ImageInfoSpecific>,
+        /// The backing file's image.
+        "backing-image" backing_image: Option<Box<ImageInfo>>,
+    }
+}
+
+wire_struct! {
+    /// A node.
+    pub struct BlockDeviceInfo {
+        /// Its file's name.
+        file: String,
+        /// Its name.
+        "node-name" node_name: Option<String>,
+        /// It refuses writes.
+        ro: bool,
+        /// Its driver.
+        drv: String,
+        /// The backing file's name.
+        backing_file: Option<String>,
+        /// Length of the chain of backing files.
+        backing_file_depth: i64,
+        /// It can be used (always, without migration).
+        active: bool,
+        /// It is encrypted.
+        encrypted: bool,
+        /// What becomes of a write of zeroes.
+        detect_zeroes: BlockdevDetectZeroesOptions,
+        /// Limit in bytes per second; 0: none.
+        bps: i64,
+        /// Limit of reads.
+        bps_rd: i64,
+        /// Limit of writes.
+        bps_wr: i64,
+        /// Limit in requests per second; 0: none.
+        iops: i64,
+        /// Limit of reads.
+        iops_rd: i64,
+        /// Limit of writes.
+        iops_wr: i64,
+        /// Its image.
+        image: ImageInfo,
+        /// How caches are used.
+        cache: BlockdevCacheInfo,
+        /// Writes beyond this byte make an event; 0: none do.
+        write_threshold: u64,
+    }
+}
+
+wire_struct! {
+    /// A drive.
+    pub struct BlockInfo {
+        /// Its legacy name, or "".
+        device: String,
+        /// Id or QOM path of the guest device.
+        qdev: Option<String>,
+        /// `unknown`.
+        "type" kind: String,
+        /// The medium can be taken out.
+        removable: bool,
+        /// The guest has locked the tray.
+        locked: bool,
+        /// The medium.
+        inserted: Option<BlockDeviceInfo>,
+        /// For a device with a tray: whether it is open.
+        tray_open: Option<bool>,
+        /// How the last stop on an I/O error came about.
+        "io-status" io_status: Option<BlockDeviceIoStatus>,
+    }
+}
+
+/// The counters of one kind of request, spread over the members of [`BlockDeviceStats`].
+macro_rules! stats {
+    ($($(#[doc = $doc:literal])* $field:ident : $T:ty,)*) => {
+        wire_struct! {
+            /// What was done with a disk.
+            pub struct BlockDeviceStats { $( $(#[doc = $doc])* $field: $T, )* }
+        }
+    };
+}
+
+stats! {
+    /// Bytes read.
+    rd_bytes: u64,
+    /// Bytes written.
+    wr_bytes: u64,
+    /// Bytes appended to zones.
+    zone_append_bytes: u64,
+    /// Bytes given up.
+    unmap_bytes: u64,
+    /// Reads.
+    rd_operations: u64,
+    /// Writes.
+    wr_operations: u64,
+    /// Appends to zones.
+    zone_append_operations: u64,
+    /// Flushes.
+    flush_operations: u64,
+    /// Discards.
+    unmap_operations: u64,
+    /// Time spent with reads.
+    rd_total_time_ns: u64,
+    /// Time spent with writes.
+    wr_total_time_ns: u64,
+    /// Time spent with appends to zones.
+    zone_append_total_time_ns: u64,
+    /// Time spent with flushes.
+    flush_total_time_ns: u64,
+    /// Time spent with discards.
+    unmap_total_time_ns: u64,
+    /// End of the highest write since the node was opened.
+    wr_highest_offset: u64,
+    /// Reads merged into others.
+    rd_merged: u64,
+    /// Writes merged into others.
+    wr_merged: u64,
+    /// Appends to zones merged into others.
+    zone_append_merged: u64,
+    /// Discards merged into others.
+    unmap_merged: u64,
+    /// Time since the last request; absent before the first.
+    idle_time_ns: Option<u64>,
+    /// Reads that failed.
+    failed_rd_operations: u64,
+    /// Writes that failed.
+    failed_wr_operations: u64,
+    /// Appends to zones that failed.
+    failed_zone_append_operations: u64,
+    /// Flushes that failed.
+    failed_flush_operations: u64,
+    /// Discards that failed.
+    failed_unmap_operations: u64,
+    /// Reads that the device refused.
+    invalid_rd_operations: u64,
+    /// Writes that the device refused.
+    invalid_wr_operations: u64,
+    /// Appends to zones that the device refused.
+    invalid_zone_append_operations: u64,
+    /// Flushes that the device refused.
+    invalid_flush_operations: u64,
+    /// Discards that the device refused.
+    invalid_unmap_operations: u64,
+    /// Refused requests count for `idle_time_ns`.
+    account_invalid: bool,
+    /// Failed requests count for times.
+    account_failed: bool,
+    /// Statistics by interval; none is set up.
+    timed_stats: Vec<BlockDeviceTimedStats>,
+}
+
+wire_struct! {
+    /// Statistics of an interval.
+    pub struct BlockDeviceTimedStats {
+        /// Its length in seconds.
+        interval_length: i64,
+    }
+}
+
+wire_struct! {
+    /// Of a file.
+    pub struct BlockStatsSpecificFile {
+        /// Discards that the host did.
+        "discard-nb-ok" discard_nb_ok: u64,
+        /// Discards that the host refused.
+        "discard-nb-failed" discard_nb_failed: u64,
+        /// Bytes given back to the host.
+        "discard-bytes-ok" discard_bytes_ok: u64,
+    }
+}
+
+wire_union! {
+    /// What only nodes of one driver count.
+    pub struct BlockStatsSpecific {}
+    /// The driver.
+    "driver" => pub enum BlockStatsSpecificDriver as driver {
+        /// A file.
+        "file" File(BlockStatsSpecificFile),
+        /// A block device.
+        "host_device" HostDevice(BlockStatsSpecificFile),
+    }
+}
+
+wire_struct! {
+    /// Statistics of a drive or a node.
+    pub struct BlockStats {
+        /// The drive's legacy name.
+        device: Option<String>,
+        /// Id or QOM path of the guest device.
+        qdev: Option<String>,
+        /// The node's name.
+        "node-name" node_name: Option<String>,
+        /// The counters.
+        stats: BlockDeviceStats,
+        /// What only its driver counts.
+        "driver-specific" driver_specific: Option<BlockStatsSpecific>,
+        /// Of the node that has its bytes.
+        parent: Option<Box<BlockStats>>,
+        /// Of the backing file.
+        backing: Option<Box<BlockStats>>,
+    }
+}
