@@ -224,4 +224,4 @@ fn page_tables() -> Vec<u8> {
 
 #[cfg(test)]
 #[path = "boot_test.rs"]
-mod tests;
+pub(super) mod tests;
