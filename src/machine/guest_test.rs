@@ -134,3 +134,447 @@ fn a_guest_prints_and_switches_itself_off() {
     assert_eq!(g.port.written.lock().unwrap().len(), 3, "each element is an access of its own");
     g.m.stop();
 }
+
+/// A guest program, assembled with the test binary and never run on the host. It is position
+/// independent, in 64-bit mode, with the first 4 GiB mapped.
+macro_rules! program {
+    ($name:ident, $start:literal, $end:literal, $($line:literal,)*) => {
+        std::arch::global_asm!(
+            ".pushsection .rodata",
+            concat!(".global ", $start), concat!($start, ":"),
+            $($line,)*
+            // Whoever comes here switches off.
+            "mov dx, 0x600", "mov al, 0x34", "out dx, al", "77: hlt", "jmp 77b",
+            concat!(".global ", $end), concat!($end, ":"),
+            ".popsection",
+        );
+        fn $name() -> &'static [u8] {
+            unsafe extern "C" {
+                #[link_name = $start]
+                static START: u8;
+                #[link_name = $end]
+                static END: u8;
+            }
+            let (start, end) = (&raw const START, &raw const END);
+            // SAFETY: both labels are in one section, the bytes between them are never written.
+            unsafe { std::slice::from_raw_parts(start, end.offset_from(start) as usize) }
+        }
+    };
+}
+
+program!(
+    io_program,
+    "guest_io_start",
+    "guest_io_end",
+    "mov dx, 0x500",
+    "mov eax, 0x44332211",
+    "out dx, al",
+    "out dx, ax",
+    "out dx, eax",
+    "mov rdi, 0x300000",
+    "xor eax, eax",
+    "in al, dx",
+    "stosd",
+    "in ax, dx",
+    "stosd",
+    "in eax, dx",
+    "stosd",
+    "mov ecx, 3",
+    "rep insw",
+    "mov rbx, 0xd0000000",
+    "mov byte ptr [rbx], 0x11",
+    "mov word ptr [rbx + 2], 0x3322",
+    "mov dword ptr [rbx + 4], 0x77665544",
+    "mov rax, 0x0807060504030201",
+    "mov [rbx + 8], rax",
+    "mov rdi, 0x300020",
+    "movzx eax, byte ptr [rbx]",
+    "stosq",
+    "movzx eax, word ptr [rbx]",
+    "stosq",
+    "mov eax, [rbx]",
+    "stosq",
+    "mov rax, [rbx]",
+    "stosq",
+    // Across the end of the page, where the device ends too: each byte on its own.
+    "mov rax, [rbx + 0xffd]",
+    "stosq",
+    // Nothing there: a port, memory, and a hole in RAM.
+    "mov dx, 0x1234",
+    "in eax, dx",
+    "stosq",
+    "out dx, eax",
+    "mov rax, [rbx + 0x100000]",
+    "stosq",
+    "mov [rbx + 0x100000], rax",
+);
+
+#[test]
+fn accesses_of_every_width_reach_the_devices() {
+    if !have_kvm() {
+        return;
+    }
+    let mut g = Guest::new(io_program(), 1, 16 << 20);
+    g.m.start().unwrap();
+    assert_eq!(g.event(), Event::Shutdown);
+    g.m.pause();
+    let written = g.port.written.lock().unwrap().clone();
+    assert_eq!(written, [&[0x11][..], &[0x11, 0x22], &[0x11, 0x22, 0x33, 0x44]]);
+    let written = g.mmio.written.lock().unwrap().clone();
+    assert_eq!(written, [&[0x11][..], &[0x22, 0x33], &[0x44, 0x55, 0x66, 0x77], &[1, 2, 3, 4, 5, 6, 7, 8]]);
+    let mut got = [0; 0x58];
+    assert!(g.m.mem.read(0x30_0000, &mut got));
+    let dword = |at: usize| u32::from_le_bytes(got[at..at + 4].try_into().unwrap());
+    let qword = |at: usize| u64::from_le_bytes(got[at..at + 8].try_into().unwrap());
+    assert_eq!([0, 4, 8].map(dword), [0, 1, 2]);
+    assert_eq!(got[12..18], [3, 0, 4, 0, 5, 0], "rep insw");
+    assert_eq!([0x20, 0x28, 0x30, 0x38].map(qword), [0, 1, 2, 3]);
+    // The three bytes on the page are a device's, as single bytes; the rest is nobody's.
+    assert_eq!(got[0x40..0x48], [4, 5, 6, 0xff, 0xff, 0xff, 0xff, 0xff]);
+    assert_eq!(qword(0x48), 0xffff_ffff);
+    assert_eq!(qword(0x50), u64::MAX);
+}
+
+program!(
+    loop_program,
+    "guest_loop_start",
+    "guest_loop_end",
+    // The port counts its reads: a read that is lost or repeated by a pause shows. r8 is the next.
+    "mov rdi, 0x300000",
+    "xor r8d, r8d",
+    "mov dx, 0x500",
+    "2: in eax, dx",
+    "cmp eax, r8d",
+    "jne 3f",
+    "inc r8d",
+    "mov [rdi], r8",
+    "jmp 2b",
+    "3: mov dx, 0x504",
+    "out dx, eax",
+    "hlt",
+);
+
+#[test]
+fn no_kick_and_no_access_is_lost_in_thousands_of_pauses() {
+    if !have_kvm() {
+        return;
+    }
+    let mut g = Guest::new(loop_program(), 2, 16 << 20);
+    let count = |g: &Guest| {
+        let mut b = [0; 8];
+        assert!(g.m.mem.read(0x30_0000, &mut b));
+        u64::from_le_bytes(b)
+    };
+    g.m.start_paused().unwrap();
+    assert_eq!(count(&g), 0, "nothing runs before resume");
+    // Load: two threads that never sleep, on as many processors as there may be.
+    let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let load: Vec<_> = (0..2)
+        .map(|_| {
+            let stop = stop.clone();
+            std::thread::spawn(move || {
+                while !stop.load(SeqCst) {
+                    std::hint::spin_loop()
+                }
+            })
+        })
+        .collect();
+    let (start, mut rounds, mut moved, mut last) = (Instant::now(), 0, 0, 0);
+    while rounds < 3000 && start.elapsed() < Duration::from_secs(20) {
+        g.m.resume();
+        // From none at all to some hundred microseconds: every place in the loop gets hit.
+        for _ in 0..rounds % 7 * 300 {
+            std::hint::spin_loop();
+        }
+        g.m.pause();
+        let now = count(&g);
+        // Each read is finished before the pause: stored, or still in the register.
+        let reads = g.port.reads.load(SeqCst);
+        assert!(reads == now || reads == now + 1, "{reads} reads, {now} stored");
+        moved += u32::from(now != last);
+        last = now;
+        rounds += 1;
+    }
+    stop.store(true, SeqCst);
+    load.into_iter().for_each(|t| t.join().unwrap());
+    assert!(g.port.written.lock().unwrap().is_empty(), "a read was lost or done twice: {:?}", g.port.written);
+    eprintln!("{rounds} rounds in {:?}, the guest moved in {moved}", start.elapsed());
+    assert!(rounds >= 500 && moved > rounds / 10);
+    // While it runs, its state can be had; the second processor waits for its start.
+    g.m.resume();
+    let states = g.m.cpu_states();
+    assert!((0x20_0000..0x20_1000).contains(&states[0].0) && !states[0].1 && states[1].1, "{states:x?}");
+    let before = count(&g);
+    wait_until("it runs on after being asked", || count(&g) > before);
+    let ids: Vec<_> = g.m.cpus().iter().map(|c| c.thread_id).collect();
+    assert!(ids[0] != 0 && ids[1] != 0 && ids[0] != ids[1]);
+    g.m.stop();
+}
+
+program!(
+    irq_program,
+    "guest_irq_start",
+    "guest_irq_end",
+    "mov rsp, 0x3f0000",
+    // IDT at 0x310000: vectors 0x40 and 0x41.
+    "lea rax, [rip + 5f]",
+    "mov rdi, 0x310400",
+    "call 4f",
+    "lea rax, [rip + 6f]",
+    "mov rdi, 0x310410",
+    "call 4f",
+    "sub rsp, 16",
+    "mov word ptr [rsp], 0xfff",
+    "mov rax, 0x310000",
+    "mov [rsp + 2], rax",
+    "lidt [rsp]",
+    // Local APIC on, task priority 0.
+    "mov rbx, 0xfee00000",
+    "mov dword ptr [rbx + 0xf0], 0x1ff",
+    "mov dword ptr [rbx + 0x80], 0",
+    // IOAPIC: pin 5 edge to 0x40, pin 6 level to 0x41.
+    "mov rsi, 0xfec00000",
+    "mov dword ptr [rsi], 0x1a",
+    "mov dword ptr [rsi + 0x10], 0x40",
+    "mov dword ptr [rsi], 0x1c",
+    "mov dword ptr [rsi + 0x10], 0x8041",
+    "mov dx, 0x500",
+    "mov al, 'r'",
+    "out dx, al",
+    "3: sti",
+    "hlt",
+    "cli",
+    "jmp 3b",
+    // Writes the gate for the handler in rax.
+    "4: mov [rdi], ax",
+    "mov dword ptr [rdi + 2], 0x8e000010",
+    "shr rax, 16",
+    "mov [rdi + 6], ax",
+    "shr rax, 16",
+    "mov [rdi + 8], eax",
+    "ret",
+    "5: push rax",
+    "push rdx",
+    "mov dx, 0x500",
+    "mov al, 'e'",
+    "out dx, al",
+    "jmp 7f",
+    "6: push rax",
+    "push rdx",
+    "mov dx, 0x500",
+    "mov al, 'l'",
+    "out dx, al",
+    "7: mov dword ptr [rbx + 0xb0], 0",
+    "pop rdx",
+    "pop rax",
+    "iretq",
+);
+
+#[test]
+fn pins_interrupt_the_guest_by_edge_and_by_level() {
+    if !have_kvm() {
+        return;
+    }
+    let mut g = Guest::new(irq_program(), 1, 16 << 20);
+    g.m.start().unwrap();
+    wait_until("the guest is ready", || g.text() == "r");
+    let (edge, level) =
+        (super::irq::Line::new(g.m.interrupts.clone(), 5), super::irq::Line::new(g.m.interrupts.clone(), 6));
+    for n in 1..=100 {
+        edge.set(true);
+        edge.set(false);
+        wait_until("an edge", || g.text().len() == 1 + n);
+    }
+    assert_eq!(g.text()[1..], "e".repeat(100));
+    // A level that stays comes again after each end of interrupt, for which KVM must report it.
+    level.set(true);
+    wait_until("the level again and again", || g.text().len() > 110);
+    level.set(false);
+    std::thread::sleep(Duration::from_millis(20));
+    let text = g.text();
+    assert!(text[101..].bytes().all(|b| b == b'l'), "{text}");
+    std::thread::sleep(Duration::from_millis(20));
+    assert_eq!(g.text().len(), text.len(), "a low line is silent");
+    level.set(true);
+    wait_until("the level once more", || g.text().len() > text.len());
+    level.set(false);
+    // A message of a device's own.
+    let before = g.text().matches('e').count();
+    g.m.interrupts.send_msi(super::irq::Msi { addr: 0xfee0_0000, data: 0x40 });
+    wait_until("a message", || g.text().matches('e').count() == before + 1);
+    // And one that no processor could have asked for.
+    g.m.interrupts.send_msi(super::irq::Msi { addr: u64::MAX, data: u32::MAX });
+    // It waits in HLT with interrupts on, and can be paused there.
+    wait_until("a halt", || g.m.cpu_states()[0].1);
+    g.m.stop();
+}
+
+program!(
+    smp_program,
+    "guest_smp_start",
+    "guest_smp_end",
+    // The other processors' real-mode code goes to 0x10000.
+    "lea rsi, [rip + 4f]",
+    "mov rdi, 0x10000",
+    "mov ecx, 64",
+    "cld",
+    "rep movsb",
+    "mov rbx, 0xfee00000",
+    "mov dword ptr [rbx + 0xf0], 0x1ff",
+    // INIT, then SIPI, to all but self.
+    "mov dword ptr [rbx + 0x300], 0xc4500",
+    "mov dword ptr [rbx + 0x300], 0xc4610",
+    // Wait for them: each adds 1 at 0x11000.
+    "mov rdi, 0x11000",
+    "mov ecx, [rip + 6f]",
+    "2: pause",
+    "cmp [rdi], ecx",
+    "jb 2b",
+    "mov dx, 0x500",
+    "mov al, 'b'",
+    "out dx, al",
+    // Once more by the ACPI reset register; the second time, by a triple fault; then off.
+    "mov rdi, 0x300000",
+    "inc dword ptr [rdi]",
+    "mov r11, 0x11000",
+    "mov dword ptr [r11], 0",
+    "cmp dword ptr [rdi], 2",
+    "je 3f",
+    "ja 9f",
+    "mov dx, 0x602",
+    "mov al, 1",
+    "out dx, al",
+    "mov dx, 0x500",
+    "mov al, 'X'",
+    "out dx, al",
+    "3: sub rsp, 16",
+    "mov qword ptr [rsp], 0",
+    "mov qword ptr [rsp + 8], 0",
+    "lidt [rsp]",
+    "ud2",
+    "mov dx, 0x500",
+    "mov al, 'Y'",
+    "out dx, al",
+    ".code16",
+    "4: cli",
+    "xor ax, ax",
+    "mov ax, 0x1100",
+    "mov ds, ax",
+    "mov dx, 0x500",
+    "mov al, 'a'",
+    "out dx, al",
+    "lock inc dword ptr [0]",
+    "5: hlt",
+    "jmp 5b",
+    ".code64",
+    ".balign 4",
+    "6: .long 3",
+    "9:",
+);
+
+#[test]
+fn processors_start_by_init_and_sipi_and_again_after_every_reset() {
+    if !have_kvm() {
+        return;
+    }
+    let mut g = Guest::new(smp_program(), 4, 16 << 20);
+    g.m.start().unwrap();
+    for round in 0..2 {
+        assert_eq!(g.event(), Event::Reset, "round {round}");
+        g.m.pause();
+        assert_eq!(g.text(), "aaab", "round {round}");
+        g.port.written.lock().unwrap().clear();
+        g.m.reset().unwrap();
+        assert!(g.m.cpu_states()[1..].iter().all(|s| s.1), "they wait for INIT and SIPI");
+        g.m.resume();
+    }
+    assert_eq!(g.event(), Event::Shutdown);
+    assert_eq!(g.text(), "aaab");
+    // Off is off: nothing runs on by itself.
+    g.m.resume();
+    std::thread::sleep(Duration::from_millis(10));
+    g.m.stop();
+    assert_eq!(g.text(), "aaab");
+}
+
+program!(
+    high_program,
+    "guest_high_start",
+    "guest_high_end",
+    // Map 4 GiB … at itself by one large page, and the last 2 MiB of 5 GiB of RAM.
+    "mov rdi, 0x310000",
+    "mov rax, 0x100000083",
+    "mov [rdi], rax",
+    "mov rax, 0x13fe00083",
+    "mov [rdi + 0xff8], rax",
+    "mov rdi, 0xa020",
+    "mov qword ptr [rdi], 0x310003",
+    "mov dx, 0x500",
+    "mov rbx, 0x100000000",
+    "mov eax, [rbx]",
+    "out dx, eax",
+    "mov rbx, 0x13fffffff",
+    "mov al, [rbx]",
+    "out dx, al",
+    "mov byte ptr [rbx], 0x99",
+);
+
+#[test]
+fn memory_above_4_gib_is_the_guest_s() {
+    if !have_kvm() {
+        return;
+    }
+    let mut g = Guest::new(high_program(), 1, 4 << 30);
+    assert!(g.m.mem.write(0x1_0000_0000, b"high") && g.m.mem.write(0x1_3fff_ffff, b"!"));
+    g.m.start().unwrap();
+    assert_eq!(g.event(), Event::Shutdown);
+    assert_eq!(g.text(), "high!");
+    let mut b = [0];
+    assert!(g.m.mem.read(0x1_3fff_ffff, &mut b) && b == [0x99]);
+}
+
+#[test]
+fn without_a_kernel_the_processors_idle() {
+    if !have_kvm() {
+        return;
+    }
+    let events: Events = Arc::new(Inbox::new().unwrap());
+    let topology = Topology::new(2, None, None, None).unwrap();
+    let config = MachineConfig { memory: 16 << 20, topology, ..MachineConfig::default() };
+    let mut m = Machine::new(&config, events.clone()).unwrap();
+    m.start().unwrap();
+    std::thread::sleep(Duration::from_millis(5));
+    assert!(m.cpu_states().iter().all(|s| s.1));
+    m.pause();
+    m.reset().unwrap();
+    m.resume();
+    std::thread::sleep(Duration::from_millis(5));
+    assert!(m.cpu_states().iter().all(|s| s.1));
+    m.stop();
+    assert!(events.take().is_empty(), "an idle processor does nothing");
+}
+
+#[test]
+fn without_kvm_there_is_a_machine_that_never_runs() {
+    let events: Events = Arc::new(Inbox::new().unwrap());
+    let config = MachineConfig { memory: 16 << 20, accel: super::Accel::None, ..MachineConfig::default() };
+    let mut m = Machine::new(&config, events).unwrap();
+    m.start().unwrap();
+    m.pause();
+    m.reset().unwrap();
+    m.resume();
+    m.power_button();
+    m.interrupts.send_msi(super::irq::Msi { addr: 0xfee0_0000, data: 0x40 });
+    assert_eq!((m.cpu_states(), m.cpus()[0].thread_id), (vec![(0, true)], 0));
+    m.stop();
+}
+
+#[test]
+fn odd_memory_sizes_are_refused() {
+    let events: Events = Arc::new(Inbox::new().unwrap());
+    for memory in [0, 4096, (16 << 20) - 4096, (16 << 20) + 1, u64::MAX, 1 << 50] {
+        let config = MachineConfig { memory, accel: super::Accel::None, ..MachineConfig::default() };
+        let e = Machine::new(&config, events.clone()).err().unwrap();
+        assert!(e.desc.starts_with(&format!("memory of {memory} bytes")), "{e}");
+    }
+}
