@@ -15,7 +15,15 @@ use crate::error::{Error, Result, strerror};
 use crate::machine::{Accel, BootConfig, Machine, MachineConfig};
 use crate::sys::inherit::Inherited;
 use crate::sys::poll::Signals;
+use crate::net::netdev::{Netdev, NetdevOptions, Offload};
+use crate::qapi::{Path, Wire};
+use crate::qmp::fds::Conn;
+use crate::qmp::schema::{self, Cx};
+use crate::sys::iov::{Iov, IovMut};
+use crate::wire_struct;
 use serde_json::Value;
+use std::io;
+use std::os::fd::RawFd;
 use std::sync::Arc;
 
 /// Looks at everything that `config` names, without changing anything. /dev/kvm is not needed.
@@ -62,7 +70,7 @@ fn build(config: &Config, check: bool) -> Result<Built, Fault> {
     (vm.machine, vm.board) = (Some(machine), Some(board));
 
     for table in &config.tables {
-        add(&mut vm, &inherited, table).map_err(|e| table.fault(&e.desc))?;
+        add(&mut vm, &inherited, table, check).map_err(|e| table.fault(&e.desc))?;
     }
     if let Some(machine) = &mut vm.machine {
         if let Some(last) = config.serial.last() {
@@ -104,9 +112,68 @@ fn claim(config: &Config) -> Result<Inherited, Fault> {
 }
 
 /// One table of a command's arguments.
-fn add(vm: &mut Vm, inherited: &Inherited, table: &Table) -> Result<()> {
-    let _ = (vm, inherited);
-    Err(Error::new(format!("there is no {} yet", table.kind.header())))
+fn add(vm: &mut Vm, inherited: &Inherited, table: &Table, check: bool) -> Result<()> {
+    let args = table.arguments.clone();
+    match table.kind {
+        Kind::Blockdev => {
+            let mut conn = Conn::new();
+            schema::execute(&mut Cx { vm, conn: &mut conn }, "blockdev-add", args).map(drop)
+        }
+        Kind::Drive => vm.add_drive(args),
+        Kind::Device => vm.add_device(&args),
+        Kind::Netdev => {
+            let options = NetdevOptions::take(Value::Object(args), &Path::Root)?;
+            if check {
+                // To open a tap is to make it.
+                return vm.netdevs.insert(&options.id, Arc::new(Unplugged));
+            }
+            vm.netdevs.add(&options, |name| match name.parse() {
+                Ok(n) => inherited.get(n).map_err(Error::from),
+                Err(_) => Err(Error::new(format!("Parameter 'fd' expects a number, not '{name}'"))),
+            })
+        }
+        Kind::Fdset => {
+            let options = AddFd::take(Value::Object(args), &Path::Root)?;
+            let fd = inherited.get(options.fd)?;
+            vm.fds.add(fd, Some(options.set), options.opaque).map(drop)
+        }
+    }
+}
+
+wire_struct! {
+    /// `-add-fd`: puts an inherited descriptor into an fd set.
+    struct AddFd {
+        /// Its number.
+        fd: i32,
+        /// The set's.
+        set: i64,
+        /// A remark for `query-fdsets`.
+        opaque: Option<String>,
+    }
+}
+
+/// Stands for a network backend where nothing may be opened.
+struct Unplugged;
+
+impl Netdev for Unplugged {
+    fn fd(&self) -> RawFd {
+        -1
+    }
+    fn offloads(&self) -> Offload {
+        Offload::NONE
+    }
+    fn set_offload(&self, _: Offload) -> io::Result<()> {
+        Ok(())
+    }
+    fn recv(&self, _: &mut IovMut) -> io::Result<usize> {
+        Err(io::ErrorKind::WouldBlock.into())
+    }
+    fn send(&self, _: &Iov) -> io::Result<()> {
+        Ok(())
+    }
+    fn info(&self) -> String {
+        String::new()
+    }
 }
 
 /// Opens what leaves a trace: files for output, the terminal, sockets.

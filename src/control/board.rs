@@ -14,6 +14,9 @@ use crate::machine::bus::BusDevice;
 use crate::machine::irq::Line;
 use crate::machine::layout::{ECAM, MMIO32, PCI_CONF1, PCI_IRQ};
 use crate::pci::root::PciRoot;
+use crate::qapi::{Path, Wire};
+use crate::wire_struct;
+use serde_json::{Map, Value};
 use std::sync::Arc;
 
 /// See the module's head.
@@ -23,6 +26,20 @@ pub struct Board {
     serial: Vec<Arc<Serial>>,
     i8042: Arc<I8042>,
     cmos: Arc<Cmos>,
+}
+
+wire_struct! {
+    /// A port that ends the VM with an exit status that the guest chooses.
+    pub struct DebugExitOptions {
+        /// `isa-debug-exit`
+        driver: String,
+        /// Its name.
+        id: Option<String>,
+        /// Its port.
+        iobase: Option<u32>,
+        /// How many.
+        iosize: Option<u32>,
+    }
 }
 
 /// Serial ports at most.
@@ -73,9 +90,15 @@ impl Board {
         Ok(())
     }
 
-    /// Adds QEMU's `isa-debug-exit` at I/O port `base`.
-    pub fn add_debug_exit(&mut self, machine: &Machine, base: Option<u64>) -> Result<()> {
-        port(machine, base.unwrap_or(debug_exit::EXIT_PORT), debug_exit::EXIT_LEN, Arc::new(DebugExit))
+    /// Adds QEMU's `isa-debug-exit`, as `device_add`'s arguments describe it.
+    pub fn add_debug_exit(&self, machine: &Machine, args: &Map<String, Value>) -> Result<()> {
+        let options = DebugExitOptions::take(Value::Object(args.clone()), &Path::Root)?;
+        let base = options.iobase.unwrap_or(debug_exit::EXIT_PORT as u32);
+        let size = options.iosize.unwrap_or(debug_exit::EXIT_LEN as u32);
+        if u64::from(base) + u64::from(size) > 1 << 16 {
+            return Err(Error::new("Parameter 'iobase' expects a port below 65536"));
+        }
+        port(machine, base.into(), size.into(), Arc::new(DebugExit))
     }
 
     /// All devices stop taking work. The processors are stopped.

@@ -1,6 +1,8 @@
 //! The one owner: the VM, its run state, and the event loop.
 
 pub mod board;
+pub mod devices;
+pub mod drive_options;
 pub mod event_loop;
 pub mod formats;
 pub mod state;

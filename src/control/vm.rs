@@ -4,6 +4,8 @@
 //! Never: sockets, JSON text, formats. Threads: control only; plain `&mut`. Locks: none of its own.
 
 use super::board::Board;
+use super::devices::Devices;
+use crate::block::drive::Drives;
 use super::state::RunState;
 use crate::block::drive::Drives;
 use crate::block::graph::Graph;
@@ -147,6 +149,12 @@ pub struct Vm {
     pub board: Option<Board>,
     /// The block graph: nodes, and the handles that use them.
     pub graph: Graph,
+    /// The drives, by legacy name and by guest device.
+    pub drives: Drives,
+    /// How many drives of each interface there were: `virtio`, `none`.
+    pub(super) drive_numbers: (u32, u32),
+    /// The guest devices.
+    pub devices: Devices,
     /// The network backends.
     pub netdevs: Netdevs,
     /// The default CPU of the human commands (`cpu`).
@@ -170,6 +178,9 @@ impl Vm {
             machine: None,
             board: None,
             graph: Graph::new(),
+            drives: Drives::new(),
+            drive_numbers: (0, 0),
+            devices: Devices::default(),
             netdevs: Netdevs::default(),
             current_cpu: 0,
             attended: false,
@@ -215,9 +226,7 @@ impl Vm {
         if self.run_state.needs_reset() {
             return Err(Error::new("Resetting the Virtual Machine is required"));
         }
-        for handle in self.graph.handles() {
-            handle.reset_io_status();
-        }
+        self.drives.reset_io_status();
         self.become_state(RunState::Running);
         self.emit("RESUME", Value::Null);
         self.go();
@@ -288,6 +297,7 @@ impl Vm {
             machine.stop();
         }
         let flushed = self.graph.flush_all();
+        self.drives.clear();
         self.graph.close_all();
         flushed
     }

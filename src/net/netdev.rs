@@ -8,6 +8,7 @@ use super::tap::{Tap, TapOptions};
 use crate::bail;
 use crate::error::{Class, Error, Result};
 use crate::sys::iov::{Iov, IovMut};
+use crate::wire_union;
 use std::io;
 use std::ops::{BitAnd, BitOr};
 use std::os::fd::{OwnedFd, RawFd};
@@ -80,20 +81,17 @@ pub trait Netdev: Send + Sync {
     fn info(&self) -> String;
 }
 
-/// `netdev_add`'s arguments, typed.
-#[derive(Clone, Debug, PartialEq)]
-pub struct NetdevOptions {
-    /// `id`
-    pub id: String,
-    /// `type`, and the members that belong to it.
-    pub backend: Backend,
-}
-
-/// `netdev_add`'s `type`.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Backend {
-    /// `tap`
-    Tap(TapOptions),
+wire_union! {
+    /// A network backend.
+    pub struct NetdevOptions {
+        /// Its name.
+        id: String,
+    }
+    /// What it is.
+    "type" => pub enum Backend as backend {
+        /// A tap interface of the host.
+        "tap" Tap(TapOptions),
+    }
 }
 
 struct Entry {

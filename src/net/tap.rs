@@ -9,6 +9,7 @@ use crate::bail;
 use crate::error::{Error, Result, strerror};
 use crate::sys::iov::{Iov, IovMut};
 use crate::sys::tun;
+use crate::wire_struct;
 use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
@@ -16,27 +17,44 @@ use std::os::unix::fs::OpenOptionsExt;
 
 const DEVICE: &str = "/dev/net/tun";
 
-/// `netdev_add type=tap`'s members (QEMU's `NetdevTapOptions`, as far as they exist here).
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct TapOptions {
-    /// The interface; without it the kernel makes `tap0`, `tap1`, …
-    pub ifname: Option<String>,
-    /// An open `/dev/net/tun` that is an interface already: a `getfd` name or a number.
-    pub fd: Option<String>,
-    /// Several of them; refused (one queue).
-    pub fds: Option<String>,
-    /// Only `"no"`: no scripts are run.
-    pub script: Option<String>,
-    /// Only `"no"`.
-    pub downscript: Option<String>,
-    /// Frames come with a header, for checksum and segmentation offload. Default: if possible.
-    pub vnet_hdr: Option<bool>,
-    /// Only false: frames go through this process.
-    pub vhost: Option<bool>,
-    /// Only 1.
-    pub queues: Option<u32>,
-    /// Bytes that may be under way to the host. Default: no limit.
-    pub sndbuf: Option<u64>,
+wire_struct! {
+    /// A tap interface of the host. (QEMU's `NetdevTapOptions`, as far as they exist here.)
+    pub struct TapOptions {
+        /// The interface; without it the kernel makes `tap0`, `tap1`, …
+        ifname: Option<String>,
+        /// An open `/dev/net/tun` that is an interface already: a `getfd` name or a number.
+        fd: Option<String>,
+        /// Several of them; refused (one queue).
+        fds: Option<String>,
+        /// Only `no`: no scripts are run.
+        script: Option<String>,
+        /// Only `no`.
+        downscript: Option<String>,
+        /// Bytes that may be under way to the host; absent: no limit.
+        sndbuf: Option<u64>,
+        /// Frames come with a header, for checksum and segmentation offload; absent: if possible.
+        vnet_hdr: Option<bool>,
+        /// Only false: frames go through this process.
+        vhost: Option<bool>,
+        /// Only 1.
+        queues: Option<u32>,
+    }
+}
+
+impl Default for TapOptions {
+    fn default() -> TapOptions {
+        TapOptions {
+            ifname: None,
+            fd: None,
+            fds: None,
+            script: None,
+            downscript: None,
+            sndbuf: None,
+            vnet_hdr: None,
+            vhost: None,
+            queues: None,
+        }
+    }
 }
 
 impl TapOptions {

@@ -1,0 +1,217 @@
+//! `-drive`: its options, and what they mean as `blockdev-add`'s and `device_add`'s.
+//!
+//! Owns: the translation, the default names. Never: opens anything itself, knows a format. Threads:
+//! control. Locks: none.
+
+use super::formats::{BlockdevDetectZeroesOptions, BlockdevDiscardOptions, BlockdevOptions, Formats, plan};
+use super::vm::Vm;
+use crate::bail;
+use crate::block::handle::{HandleSpec, OnError};
+use crate::block::open;
+use crate::error::Result;
+use crate::qapi::{Path, Rest, Wire};
+use crate::{wire_enum, wire_struct};
+use serde_json::{Map, Value, json};
+use std::os::unix::fs::FileTypeExt;
+
+wire_enum! {
+    /// How the guest reaches a drive.
+    pub enum BlockInterfaceType {
+        /// By a virtio-blk-pci of its own.
+        "virtio" Virtio,
+        /// By a `[[device]]` that names it, or not at all.
+        "none" None,
+    }
+}
+
+wire_enum! {
+    /// How writes are cached (`cache`): QEMU's five modes.
+    pub enum CacheMode {
+        /// In the host's page cache; durable when the guest flushes.
+        "writeback" Writeback,
+        /// Past the host's page cache (O_DIRECT); durable when the guest flushes.
+        "none" None,
+        /// The same.
+        "off" Off,
+        /// In the host's page cache, and durable when the write is done.
+        "writethrough" Writethrough,
+        /// Past the host's page cache, and durable when the write is done.
+        "directsync" Directsync,
+        /// In the host's page cache; flushes are ignored.
+        "unsafe" Unsafe,
+    }
+}
+
+wire_enum! {
+    /// What is done about a failed read.
+    pub enum ReadErrorAction {
+        /// As `report`.
+        "auto" Auto,
+        /// The guest is told.
+        "report" Report,
+        /// The guest is told that all is well.
+        "ignore" Ignore,
+        /// The VM stops, and tries again after `cont`.
+        "stop" Stop,
+    }
+}
+
+wire_enum! {
+    /// What is done about a failed write.
+    pub enum WriteErrorAction {
+        /// As `enospc`.
+        "auto" Auto,
+        /// The guest is told.
+        "report" Report,
+        /// The guest is told that all is well.
+        "ignore" Ignore,
+        /// The VM stops, and tries again after `cont`.
+        "stop" Stop,
+        /// The VM stops when there is no space left; the guest is told of other errors.
+        "enospc" Enospc,
+    }
+}
+
+wire_struct! {
+    /// A drive.
+    pub struct DriveOptions {
+        /// Its legacy name; by default interface and number: `virtio0`, `none0`, …
+        id: Option<String>,
+        /// How the guest reaches it; `virtio` by default.
+        "if" interface: Option<BlockInterfaceType>,
+        /// The image's path (or, in a table, its options); absent: no medium.
+        file: Option<Value>,
+        /// The image's format. Needed with `file`: images are not probed, because a guest that can
+        /// write the first bytes of a raw disk could choose its format.
+        format: Option<String>,
+        /// Old name of `format`.
+        driver: Option<String>,
+        /// The node's name; automatic by default.
+        "node-name" node_name: Option<String>,
+        /// Refuse writes.
+        "read-only" read_only: Option<bool>,
+        /// How writes are cached; `writeback` by default.
+        cache: Option<CacheMode>,
+        /// Whether the guest's discards reach the image.
+        discard: Option<BlockdevDiscardOptions>,
+        /// What becomes of a write of zeroes.
+        "detect-zeroes" detect_zeroes: Option<BlockdevDetectZeroesOptions>,
+        /// What is done about a failed write; `enospc` by default.
+        werror: Option<WriteErrorAction>,
+        /// What is done about a failed read; `report` by default.
+        rerror: Option<ReadErrorAction>,
+        /// Any other member of `blockdev-add`.
+        rest: Rest,
+    }
+}
+
+impl DriveOptions {
+    /// The arguments of a `blockdev-add`; None for a drive without a medium.
+    fn blockdev(&mut self) -> Result<Option<Map<String, Value>>> {
+        let mut node = std::mem::take(&mut self.rest.0);
+        let format = match (self.format.take(), self.driver.take()) {
+            (Some(_), Some(_)) => bail!("Cannot specify both 'driver' and 'format'"),
+            (format, driver) => format.or(driver),
+        };
+        let file = match self.file.take() {
+            None if format.is_none() => {
+                if let Some(name) = node.keys().next() {
+                    bail!("Parameter '{name}' is unexpected");
+                }
+                return Ok(None);
+            }
+            None => None,
+            Some(Value::String(name)) => Some(json!({ "driver": protocol(&name), "filename": name })),
+            Some(table @ Value::Object(_)) => Some(table),
+            Some(_) => bail!("Invalid parameter type for 'file', expected: string"),
+        };
+        let Some(format) = format else {
+            bail!(
+                "Parameter 'format' is missing: 'raw', 'qcow2', … (images are not probed: a guest could \
+                 write another format's header into a raw disk)"
+            );
+        };
+        node.insert("driver".into(), format.into());
+        if let Some(file) = file {
+            node.insert("file".into(), file);
+        }
+        if let Some(name) = self.node_name.take() {
+            node.insert("node-name".into(), name.into());
+        }
+        node.insert("read-only".into(), self.read_only.unwrap_or(false).into());
+        node.entry("auto-read-only").or_insert(true.into());
+        if let Some(discard) = self.discard {
+            node.insert("discard".into(), discard.give());
+        }
+        if let Some(detect) = self.detect_zeroes {
+            node.insert("detect-zeroes".into(), detect.give());
+        }
+        let (direct, no_flush) = match self.cache.unwrap_or(CacheMode::Writeback) {
+            CacheMode::Writeback | CacheMode::Writethrough => (false, false),
+            CacheMode::None | CacheMode::Off | CacheMode::Directsync => (true, false),
+            CacheMode::Unsafe => (false, true),
+        };
+        node.insert("cache".into(), json!({ "direct": direct, "no-flush": no_flush }));
+        Ok(Some(node))
+    }
+}
+
+/// Which driver QEMU takes for a file of that name.
+fn protocol(name: &str) -> &'static str {
+    match std::fs::metadata(name) {
+        Ok(m) if m.file_type().is_block_device() => "host_device",
+        _ => "file",
+    }
+}
+
+impl Vm {
+    /// Makes the drive that `args` (those of `-drive`) describe, and its device if it has one by
+    /// itself.
+    pub fn add_drive(&mut self, args: Map<String, Value>) -> Result<()> {
+        let mut options = DriveOptions::take(Value::Object(args), &Path::Root)?;
+        let interface = options.interface.unwrap_or(BlockInterfaceType::Virtio);
+        let (word, count) = match interface {
+            BlockInterfaceType::Virtio => ("virtio", &mut self.drive_numbers.0),
+            BlockInterfaceType::None => ("none", &mut self.drive_numbers.1),
+        };
+        let number = std::mem::replace(count, *count + 1);
+        let id = options.id.take().unwrap_or_else(|| format!("{word}{number}"));
+        let write_cache =
+            !matches!(options.cache, Some(CacheMode::Writethrough | CacheMode::Directsync));
+        let spec = HandleSpec {
+            name: id.clone(),
+            write_cache,
+            rerror: match options.rerror.unwrap_or(ReadErrorAction::Auto) {
+                ReadErrorAction::Auto => OnError::Auto,
+                ReadErrorAction::Report => OnError::Report,
+                ReadErrorAction::Ignore => OnError::Ignore,
+                ReadErrorAction::Stop => OnError::Stop,
+            },
+            werror: match options.werror.unwrap_or(WriteErrorAction::Auto) {
+                WriteErrorAction::Auto => OnError::Auto,
+                WriteErrorAction::Report => OnError::Report,
+                WriteErrorAction::Ignore => OnError::Ignore,
+                WriteErrorAction::Stop => OnError::Stop,
+                WriteErrorAction::Enospc => OnError::Enospc,
+            },
+            ..HandleSpec::default()
+        };
+        let node = match options.blockdev()? {
+            None if interface == BlockInterfaceType::Virtio => {
+                bail!("Device needs media, but drive is empty");
+            }
+            None => None,
+            Some(args) => {
+                let plan = plan(BlockdevOptions::take(Value::Object(args), &Path::Root)?)?;
+                Some(open::open(&mut self.graph, &Formats::new(&mut self.fds), plan)?)
+            }
+        };
+        let automatic = interface == BlockInterfaceType::Virtio;
+        self.drives.add(&mut self.graph, node, spec, automatic)?;
+        if automatic {
+            let args = json!({ "driver": "virtio-blk-pci", "drive": id });
+            self.add_device(args.as_object().unwrap_or(&Map::new()))?;
+        }
+        Ok(())
+    }
+}
