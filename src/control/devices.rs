@@ -90,8 +90,7 @@ impl Backends for Shelf<'_> {
     fn release(&mut self, user: &User) {
         self.drives.detach_device(self.graph, &user.qom_path);
         let used = |u: Option<&str>| u == Some(user.qom_path.as_str());
-        let ids: Vec<String> =
-            self.netdevs.iter().filter(|n| used(n.2)).map(|n| n.0.to_string()).collect();
+        let ids: Vec<String> = self.netdevs.iter().filter(|n| used(n.2)).map(|n| n.0.to_string()).collect();
         ids.iter().for_each(|id| self.netdevs.detach(id));
     }
 }

@@ -176,8 +176,7 @@ impl Vm {
         };
         let number = std::mem::replace(count, *count + 1);
         let id = options.id.take().unwrap_or_else(|| format!("{word}{number}"));
-        let write_cache =
-            !matches!(options.cache, Some(CacheMode::Writethrough | CacheMode::Directsync));
+        let write_cache = !matches!(options.cache, Some(CacheMode::Writethrough | CacheMode::Directsync));
         let spec = HandleSpec {
             name: id.clone(),
             write_cache,

@@ -5,7 +5,6 @@
 
 use super::board::Board;
 use super::devices::Devices;
-use crate::block::drive::Drives;
 use super::state::RunState;
 use crate::block::drive::Drives;
 use crate::block::graph::Graph;
@@ -149,8 +148,6 @@ pub struct Vm {
     pub board: Option<Board>,
     /// The block graph: nodes, and the handles that use them.
     pub graph: Graph,
-    /// The drives, by legacy name and by guest device.
-    pub drives: Drives,
     /// How many drives of each interface there were: `virtio`, `none`.
     pub(super) drive_numbers: (u32, u32),
     /// The guest devices.
@@ -178,7 +175,6 @@ impl Vm {
             machine: None,
             board: None,
             graph: Graph::new(),
-            drives: Drives::new(),
             drive_numbers: (0, 0),
             devices: Devices::default(),
             netdevs: Netdevs::default(),
