@@ -13,3 +13,4 @@ pub mod random;
 pub mod thread;
 pub mod tty;
 pub mod tun;
+pub mod unix;
