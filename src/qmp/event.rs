@@ -3,9 +3,12 @@
 //! Owns: the table, and the rate limits. Never: when an event happens (`control/` emits it), who
 //! gets it (`server.rs`). Threads: control. Locks: none.
 
-use super::schema::{Member, Ty};
+use super::schema::{Member, Object, Ty, Value};
+use crate::control::vm::QmpEvent;
 use crate::qapi::Wire;
 use crate::wire_enum;
+use serde_json::json;
+use std::time::{Duration, Instant, UNIX_EPOCH};
 
 /// One kind of event.
 pub struct EventDef {
@@ -169,3 +172,103 @@ wire_enum! {
         "stop" Stop,
     }
 }
+
+/// The event as it is sent.
+pub fn message(e: &QmpEvent) -> Value {
+    let since = e.time.duration_since(UNIX_EPOCH);
+    // QEMU's way to say that the clock is no good.
+    let (seconds, micros) =
+        since.map_or((-1, -1), |d| (d.as_secs().cast_signed(), i64::from(d.subsec_micros())));
+    let mut out = Object::new();
+    out.insert("timestamp".into(), json!({ "seconds": seconds, "microseconds": micros }));
+    out.insert("event".into(), e.name.into());
+    if let Some(data) = &e.data {
+        out.insert("data".into(), Value::Object(data.clone()));
+    }
+    Value::Object(out)
+}
+
+/// The window of a limited event: at most one goes out in it.
+#[derive(Debug)]
+struct Window {
+    kind: &'static str,
+    /// The value of the deciding member; null where the kind alone decides.
+    key: Value,
+    ends: Instant,
+    /// The last event that came within it.
+    held: Option<QmpEvent>,
+}
+
+/// Holds events back that come too often: the first goes out at once and opens a window of a
+/// second; of those that come within it the last is kept and goes out when the window ends, which
+/// opens the next one.
+#[derive(Debug, Default)]
+pub struct Limiter {
+    windows: Vec<Window>,
+}
+
+/// The length of a window.
+const WINDOW: Duration = Duration::from_secs(1);
+
+impl Limiter {
+    /// Passes the event on, or keeps it.
+    pub fn admit(&mut self, e: QmpEvent, now: Instant) -> Option<QmpEvent> {
+        let def = EVENTS.iter().find(|d| d.name == e.name);
+        debug_assert!(def.is_some_and(|d| fits(d, &e)), "{e:?} is not what the table says");
+        let key = match def.map_or(Limit::None, |d| d.limit) {
+            Limit::None => return Some(e),
+            Limit::Kind => Value::Null,
+            Limit::Member(name) => {
+                e.data.as_ref().and_then(|data| data.get(name)).cloned().unwrap_or_default()
+            }
+        };
+        match self.windows.iter_mut().find(|w| w.kind == e.name && w.key == key) {
+            Some(w) => {
+                w.held = Some(e);
+                None
+            }
+            None => {
+                self.windows.push(Window { kind: e.name, key, ends: now + WINDOW, held: None });
+                Some(e)
+            }
+        }
+    }
+
+    /// Ends the windows whose time is over; returns what was kept in them.
+    pub fn due(&mut self, now: Instant) -> Vec<QmpEvent> {
+        let mut out = Vec::new();
+        self.windows.retain_mut(|w| {
+            if w.ends > now {
+                return true;
+            }
+            let Some(e) = w.held.take() else { return false };
+            out.push(e);
+            w.ends = now + WINDOW;
+            true
+        });
+        out
+    }
+
+    /// True while any window is open.
+    pub fn waits(&self) -> bool {
+        !self.windows.is_empty()
+    }
+
+    /// When something is to be sent, at the latest.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.windows.iter().filter(|w| w.held.is_some()).map(|w| w.ends).min()
+    }
+}
+
+/// Has the event the members that its definition has?
+fn fits(def: &EventDef, e: &QmpEvent) -> bool {
+    let members = (def.members)();
+    let none = Object::new();
+    let data = e.data.as_ref().unwrap_or(&none);
+    data.keys().all(|key| members.iter().any(|m| m.name == key))
+        && members.iter().all(|m| m.optional || data.contains_key(m.name))
+}
+
+#[cfg(test)]
+#[path = "event_test.rs"]
+mod tests;

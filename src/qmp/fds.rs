@@ -1,7 +1,7 @@
 //! One monitor as the command handlers see it: its file descriptors and its negotiation.
 //!
 //! Owns: the descriptors that came with requests and were not taken yet, and those that `getfd`
-//! gave a name. Both belong to the monitor, not to its client: the next client finds them. Never:
+//! gave a name. The latter belong to the monitor, not to its client: the next client finds them. Never:
 //! fd sets (`sys/fdset.rs`: they belong to the VM), sockets. Threads: control. Locks: none.
 
 use crate::error::{Error, Result};
@@ -58,8 +58,10 @@ impl Conn {
             .ok_or_else(|| Error::new(format!("File descriptor named '{name}' has not been found")))
     }
 
-    /// The client has gone: the next one negotiates anew. Descriptors stay.
+    /// The client has gone: the next one negotiates anew. Named descriptors stay, those that no
+    /// command took are closed.
     pub fn hang_up(&mut self) {
+        self.pending.clear();
         self.negotiated = false;
         self.oob = false;
     }

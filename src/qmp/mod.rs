@@ -1,18 +1,28 @@
 //! QMP: bytes to commands and back.
 
+pub mod client;
+pub mod dispatch;
 pub mod event;
 pub mod fds;
 pub mod introspect;
 pub mod schema;
+pub mod server;
 pub mod wire;
 
 mod cmd_blockdev;
 mod cmd_core;
 mod cmd_fd;
 mod cmd_machine;
+mod cmd_oob;
 mod cmd_query_block;
 mod query_block_types;
 
 /// Every command, one table a file.
-static TABLES: &[&[schema::Command]] =
-    &[cmd_core::CORE, cmd_fd::FD, cmd_machine::MACHINE, cmd_blockdev::BLOCKDEV, cmd_query_block::QUERY_BLOCK];
+static TABLES: &[&[schema::Command]] = &[
+    cmd_core::CORE,
+    cmd_fd::FD,
+    cmd_machine::MACHINE,
+    cmd_blockdev::BLOCKDEV,
+    cmd_query_block::QUERY_BLOCK,
+    cmd_oob::OOB,
+];

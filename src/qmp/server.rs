@@ -1,0 +1,293 @@
+//! The monitors: who may connect where, whose turn it is, and what everybody is told.
+//!
+//! Owns: the listening sockets and their files, the clients, the rate limits of events. A listening
+//! socket serves one client at a time; the next waits in the kernel's queue. Requests of different
+//! monitors are taken in turn, one at a time; the events that one causes go out before its reply.
+//! Never blocks. Never: what a command does. Threads: control. Locks: none.
+
+use super::client::{Client, Stream};
+use super::dispatch;
+use super::event::{self, Limiter};
+use super::fds::Conn;
+use super::schema::Cx;
+use crate::control::event_loop::Source;
+use crate::control::vm::Vm;
+use crate::sys::fdio::Output;
+use crate::sys::poll::{PollSet, Token};
+use crate::sys::unix;
+use std::fs::{self, File};
+use std::io;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+/// Bytes of one read.
+const READ: usize = 32 << 10;
+/// Requests of one turn; then the rest of the VM has its turn.
+const TURN: usize = 256;
+
+/// All monitors.
+#[derive(Default)]
+pub struct Server {
+    monitors: Vec<Monitor>,
+    limiter: Limiter,
+    scratch: Vec<u8>,
+    /// The last turn ended before the requests did.
+    more: bool,
+}
+
+struct Monitor {
+    conn: Conn,
+    listener: Option<Listener>,
+    client: Option<Client>,
+    pretty: bool,
+    token: Option<Token>,
+}
+
+struct Listener {
+    fd: OwnedFd,
+    /// The file of a socket that we made.
+    _file: Option<SocketFile>,
+}
+
+impl Server {
+    /// No monitors.
+    pub fn new() -> Server {
+        Server::default()
+    }
+
+    /// Listens on a Unix socket at `path`, which must not exist; the file of a socket on which
+    /// nobody listens any more is replaced.
+    pub fn listen(&mut self, path: &Path, pretty: bool) -> io::Result<()> {
+        remove_stale(path)?;
+        let listener = UnixListener::bind(path)?;
+        listener.set_nonblocking(true)?;
+        let file = SocketFile::new(path)?;
+        self.add_listener(listener.into(), Some(file), pretty);
+        Ok(())
+    }
+
+    /// Listens on `address` (`127.0.0.1:4444`), which must be a loopback address: whoever can
+    /// connect rules the VM.
+    pub fn listen_tcp(&mut self, address: &str, pretty: bool) -> io::Result<()> {
+        let invalid = |text| io::Error::new(io::ErrorKind::InvalidInput, text);
+        let address: SocketAddr = address
+            .parse()
+            .map_err(|_| invalid("not an address and port, such as 127.0.0.1:4444".to_string()))?;
+        if !address.ip().is_loopback() {
+            return Err(invalid(format!("{} is not a loopback address (127.0.0.1, ::1)", address.ip())));
+        }
+        let listener = TcpListener::bind(address)?;
+        listener.set_nonblocking(true)?;
+        self.add_listener(listener.into(), None, pretty);
+        Ok(())
+    }
+
+    /// Uses an inherited descriptor: a listening socket, a connected one, or another file that can
+    /// be read and written.
+    pub fn adopt(&mut self, fd: OwnedFd, pretty: bool) -> io::Result<()> {
+        let stream = match unix::kind(fd.as_fd()) {
+            unix::Kind::Listener => {
+                unix::set_nonblocking(fd.as_fd(), true)?;
+                self.add_listener(fd, None, pretty);
+                return Ok(());
+            }
+            unix::Kind::Unix => Stream::Unix(fd),
+            unix::Kind::Socket => Stream::Socket(fd),
+            unix::Kind::Other => Stream::Files(fd.try_clone()?.into(), Output::new(fd.into())?),
+        };
+        self.add_client(stream, pretty);
+        Ok(())
+    }
+
+    /// Uses standard input and output.
+    pub fn stdio(&mut self, pretty: bool) -> io::Result<()> {
+        let input: File = io::stdin().as_fd().try_clone_to_owned()?.into();
+        let output: File = io::stdout().as_fd().try_clone_to_owned()?.into();
+        self.add_client(Stream::Files(input, Output::new(output)?), pretty);
+        Ok(())
+    }
+
+    fn add_listener(&mut self, fd: OwnedFd, file: Option<SocketFile>, pretty: bool) {
+        let listener = Some(Listener { fd, _file: file });
+        self.monitors.push(Monitor { conn: Conn::new(), listener, client: None, pretty, token: None });
+    }
+
+    fn add_client(&mut self, stream: Stream, pretty: bool) {
+        let mut monitor = Monitor { conn: Conn::new(), listener: None, client: None, pretty, token: None };
+        monitor.greet(stream);
+        self.monitors.push(monitor);
+    }
+
+    /// Sends the events that have happened, and those whose time has come, to all clients that
+    /// have negotiated.
+    fn send_events(&mut self, vm: &mut Vm) {
+        if vm.outbox.is_empty() && !self.limiter.waits() {
+            return;
+        }
+        let now = Instant::now();
+        let mut due = self.limiter.due(now);
+        due.extend(vm.outbox.drain(..).filter_map(|e| self.limiter.admit(e, now)));
+        for e in &due {
+            let message = event::message(e);
+            let listening = self.monitors.iter_mut().filter(|m| m.conn.negotiated);
+            listening.filter_map(|m| m.client.as_mut()).for_each(|c| c.push(&message));
+        }
+    }
+
+    /// Answers requests, one of each monitor in turn.
+    fn serve(&mut self, vm: &mut Vm) {
+        self.more = false;
+        let mut left = TURN;
+        loop {
+            let mut any = false;
+            for n in 0..self.monitors.len() {
+                // After `quit` nothing is run any more.
+                if vm.exit().is_some() {
+                    return;
+                }
+                let Monitor { conn, client: Some(client), .. } = &mut self.monitors[n] else { continue };
+                let Some(message) = client.next_message(conn) else { continue };
+                let reply = dispatch::answer(&mut Cx { vm, conn }, message);
+                self.send_events(vm);
+                if let Some(client) = &mut self.monitors[n].client {
+                    client.push(&reply);
+                }
+                any = true;
+                left = left.saturating_sub(1);
+            }
+            if !any {
+                return;
+            }
+            if left == 0 {
+                self.more = true;
+                return;
+            }
+        }
+    }
+
+    /// Sends what can be sent, and forgets the clients that are gone.
+    fn flush(&mut self) {
+        for m in &mut self.monitors {
+            let Some(client) = &mut m.client else { continue };
+            client.flush();
+            if client.is_over() {
+                m.client = None;
+                m.conn.hang_up();
+            }
+        }
+    }
+}
+
+impl Source for Server {
+    fn prepare(&mut self, _: &mut Vm, set: &mut PollSet) {
+        for m in &mut self.monitors {
+            m.token = None;
+            match (&mut m.client, &m.listener) {
+                (Some(client), _) => client.prepare(set),
+                (None, Some(listener)) => m.token = Some(set.add(listener.fd.as_raw_fd(), libc::POLLIN)),
+                (None, None) => {}
+            }
+        }
+        if let Some(when) = self.limiter.deadline() {
+            set.until(when);
+        }
+        if self.more {
+            set.until(Instant::now());
+        }
+    }
+
+    fn dispatch(&mut self, vm: &mut Vm, set: &PollSet) {
+        // Events first: what has happened before a request is told before its reply.
+        self.send_events(vm);
+        self.scratch.resize(READ, 0);
+        for m in &mut self.monitors {
+            match &mut m.client {
+                Some(client) => client.exchange(set, &mut self.scratch),
+                None => m.accept(set),
+            }
+        }
+        self.serve(vm);
+        self.flush();
+    }
+
+    fn finish(&mut self, vm: &mut Vm) {
+        self.send_events(vm);
+        self.flush();
+    }
+}
+
+impl Monitor {
+    fn greet(&mut self, stream: Stream) {
+        let mut client = Client::new(stream, self.pretty);
+        client.push(&dispatch::greeting());
+        self.client = Some(client);
+    }
+
+    fn accept(&mut self, set: &PollSet) {
+        let Some(listener) = &self.listener else { return };
+        if self.token.take().is_none_or(|token| set.ready(token) == 0) {
+            return;
+        }
+        match unix::accept(listener.fd.as_fd()) {
+            Ok(fd) if unix::kind(fd.as_fd()) == unix::Kind::Unix => self.greet(Stream::Unix(fd)),
+            Ok(fd) => {
+                let tcp = TcpStream::from(fd);
+                // Without it replies may wait for the client's acknowledgements; it works as well.
+                let _ = tcp.set_nodelay(true);
+                self.greet(Stream::Socket(tcp.into()));
+            }
+            // WouldBlock: it is gone again already.
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+            Err(e) => log::warn!("QMP: cannot accept a client: {e}"),
+        }
+    }
+}
+
+/// Removes the file of a Unix socket on which nobody listens. What is no socket, or is in use, is
+/// left and is an error.
+fn remove_stale(path: &Path) -> io::Result<()> {
+    match fs::symlink_metadata(path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(e),
+        Ok(meta) if !meta.file_type().is_socket() => {
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, "it exists and is not a socket"));
+        }
+        Ok(_) => {}
+    }
+    match UnixStream::connect(path) {
+        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        Ok(_) => Err(io::Error::new(io::ErrorKind::AddrInUse, "another process listens on it")),
+        Err(e) => Err(e),
+    }
+}
+
+/// The file of a socket that we listen on: removed with the listener, unless it has been replaced.
+struct SocketFile {
+    path: PathBuf,
+    id: (u64, u64),
+}
+
+impl SocketFile {
+    fn new(path: &Path) -> io::Result<SocketFile> {
+        let meta = fs::symlink_metadata(path)?;
+        Ok(SocketFile { path: path.to_path_buf(), id: (meta.dev(), meta.ino()) })
+    }
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        if fs::symlink_metadata(&self.path).is_ok_and(|meta| (meta.dev(), meta.ino()) == self.id) {
+            // It may have gone meanwhile; there is nobody to tell.
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "server_test.rs"]
+mod tests;
