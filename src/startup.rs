@@ -17,6 +17,7 @@ use crate::net::netdev::{Netdev, NetdevOptions, Offload};
 use crate::qapi::{Path, Wire};
 use crate::qmp::fds::Conn;
 use crate::qmp::schema::{self, Cx};
+use crate::qmp::server::Server;
 use crate::sys::inherit::Inherited;
 use crate::sys::iov::{Iov, IovMut};
 use crate::sys::poll::Signals;
@@ -191,8 +192,18 @@ fn open_ends(config: &Config, built: &mut Built) -> Result<Vec<Box<dyn Source>>,
             board.add_serial(machine, chardev).map_err(|e| fault(e.desc))?;
         }
     }
-    let _ = inherited;
-    Ok(Vec::new())
+    let mut server = Server::new();
+    for qmp in &config.qmp {
+        let pretty = qmp.pretty;
+        let (name, result) = match &qmp.end {
+            QmpEnd::Socket(path) => (format!("'socket' {}", path.display()), server.listen(path, pretty)),
+            QmpEnd::Tcp(address) => (format!("'tcp' {address}"), server.listen_tcp(address, pretty)),
+            QmpEnd::Fd(n) => (format!("'fd' {n}"), inherited.get(*n).and_then(|fd| server.adopt(fd, pretty))),
+            QmpEnd::Stdio => ("'stdio'".to_string(), server.stdio(pretty)),
+        };
+        result.map_err(|e| Fault::new(&qmp.at, format!("[[qmp]] {name}: {}", strerror(&e))))?;
+    }
+    Ok(vec![Box::new(server)])
 }
 
 fn load(machine: &mut Machine, boot: &Boot) -> Result<(), Fault> {
