@@ -17,4 +17,6 @@ pub mod queue;
 pub mod rng;
 #[cfg(test)]
 pub mod testing;
+#[cfg(test)]
+pub mod testing_pci;
 pub mod worker;
