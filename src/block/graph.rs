@@ -234,8 +234,15 @@ impl Graph {
         Ok(())
     }
 
+    /// Enters a node that is complete (a job's filter, an overlay) and that nobody uses yet.
+    pub fn add(&mut self, node: Arc<Node>) -> Result<()> {
+        self.check_name(&node.name)?;
+        let age = self.next_age();
+        self.insert(node, age)
+    }
+
     /// Closes and forgets every node that nobody uses and the user does not own; parents first.
-    pub(super) fn collect(&mut self) {
+    pub fn collect(&mut self) {
         loop {
             let unused = |e: &Entry| {
                 let held = |h: &Hold| h.edge.node().is_some_and(|n| Arc::ptr_eq(&n, &e.node));
@@ -449,27 +456,34 @@ impl Edit<'_> {
         self.graph
     }
 
-    /// Points `edge` to `node`, or to nothing.
-    pub fn set(&mut self, edge: &Arc<Edge>, node: Option<Arc<Node>>) {
+    /// Points `edge` to `node`, or to nothing. An error when that would make a cycle.
+    pub fn set(&mut self, edge: &Arc<Edge>, node: Option<Arc<Node>>) -> Result<()> {
         debug_assert!(self.is_quiet(edge), "edge '{}' is changed under I/O", edge.role);
         let old = edge.set(node);
+        let nodes: Vec<_> = self.graph.nodes().cloned().collect();
+        if let Err(e) = perm::order(&nodes) {
+            edge.set(old);
+            return Err(e);
+        }
         self.undo.push((edge.clone(), old));
+        Ok(())
     }
 
     /// Points the root of `handle` to `node`, or to nothing (no medium).
-    pub fn set_root(&mut self, handle: &Handle, node: Option<Arc<Node>>) {
-        self.set(&handle.root.clone(), node);
+    pub fn set_root(&mut self, handle: &Handle, node: Option<Arc<Node>>) -> Result<()> {
+        self.set(&handle.root.clone(), node)
     }
 
     /// Makes everybody who is above `from`, except the node `but`, be above `to` instead.
-    pub fn replace(&mut self, from: &Arc<Node>, to: &Arc<Node>, but: Option<&Arc<Node>>) {
+    pub fn replace(&mut self, from: &Arc<Node>, to: &Arc<Node>, but: Option<&Arc<Node>>) -> Result<()> {
         for parent in self.graph.parents(from) {
             match parent {
                 Parent::Node(above, _) if but.is_some_and(|b| Arc::ptr_eq(b, &above)) => {}
-                Parent::Node(_, edge) => self.set(&edge, Some(to.clone())),
-                Parent::Handle(handle) => self.set_root(&handle, Some(to.clone())),
+                Parent::Node(_, edge) => self.set(&edge, Some(to.clone()))?,
+                Parent::Handle(handle) => self.set_root(&handle, Some(to.clone()))?,
             }
         }
+        Ok(())
     }
 
     /// True when every handle that can come to `edge` waits at its gate.
