@@ -279,7 +279,8 @@ fn no_kick_and_no_access_is_lost_in_thousands_of_pauses() {
             })
         })
         .collect();
-    let (start, mut rounds, mut moved, mut last) = (Instant::now(), 0, 0, 0);
+    let input = loop_program().iter().position(|b| *b == 0xed).unwrap() as u64;
+    let (start, mut rounds, mut moved, mut last, mut finished) = (Instant::now(), 0, 0, 0, 0);
     while rounds < 3000 && start.elapsed() < Duration::from_secs(20) {
         g.m.resume();
         // From none at all to some hundred microseconds: every place in the loop gets hit.
@@ -288,9 +289,11 @@ fn no_kick_and_no_access_is_lost_in_thousands_of_pauses() {
         }
         g.m.pause();
         let now = count(&g);
-        // Each read is finished before the pause: stored, or still in the register.
-        let reads = g.port.reads.load(SeqCst);
-        assert!(reads == now || reads == now + 1, "{reads} reads, {now} stored");
+        // Each read is finished before the pause: stored, or in the register, the instruction over.
+        let (reads, pc) = (g.port.reads.load(SeqCst), g.m.cpu_states()[0].0 - 0x20_0000);
+        let done = reads == now + 1 && pc > input && pc < input + 20;
+        assert!(reads == now || done, "{reads} reads, {now} stored, at {pc:#x} ({input:#x} reads)");
+        finished += u32::from(done);
         moved += u32::from(now != last);
         last = now;
         rounds += 1;
@@ -300,6 +303,7 @@ fn no_kick_and_no_access_is_lost_in_thousands_of_pauses() {
     assert!(g.port.written.lock().unwrap().is_empty(), "a read was lost or done twice: {:?}", g.port.written);
     eprintln!("{rounds} rounds in {:?}, the guest moved in {moved}", start.elapsed());
     assert!(rounds >= 500 && moved > rounds / 10);
+    assert!(finished > 10, "{finished}: no pause ever met an access");
     // While it runs, its state can be had; the second processor waits for its start.
     g.m.resume();
     let states = g.m.cpu_states();
@@ -309,6 +313,41 @@ fn no_kick_and_no_access_is_lost_in_thousands_of_pauses() {
     let ids: Vec<_> = g.m.cpus().iter().map(|c| c.thread_id).collect();
     assert!(ids[0] != 0 && ids[1] != 0 && ids[0] != ids[1]);
     g.m.stop();
+}
+
+program!(spin_program, "guest_spin_start", "guest_spin_end", "2: jmp 2b",);
+
+/// A guest that never leaves by itself: a kick that comes between the look at the request and
+/// KVM_RUN must still end it. Nothing else would.
+#[test]
+fn a_kick_just_before_the_guest_runs_is_not_lost() {
+    if !have_kvm() {
+        return;
+    }
+    let mut g = Guest::new(spin_program(), 1, 16 << 20);
+    let (done, wait) = std::sync::mpsc::channel();
+    let rounds = std::thread::spawn(move || {
+        g.m.start().unwrap();
+        let (mut x, start) = (0x1234_5678_9abc_def1u64, Instant::now());
+        let mut n = 0;
+        while n < 6000 && start.elapsed() < Duration::from_secs(15) {
+            x ^= x << 13;
+            x ^= x >> 7;
+            x ^= x << 17;
+            let (from, spin) = (Instant::now(), Duration::from_nanos(x % 150_000));
+            g.m.resume();
+            while from.elapsed() < spin {
+                std::hint::spin_loop();
+            }
+            g.m.pause();
+            n += 1;
+        }
+        g.m.stop();
+        done.send(n).unwrap();
+    });
+    let n = wait.recv_timeout(Duration::from_secs(30)).expect("a kick was lost: the guest did not stop");
+    rounds.join().unwrap();
+    assert!(n >= 500, "{n} rounds");
 }
 
 program!(

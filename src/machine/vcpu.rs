@@ -342,18 +342,18 @@ impl Vcpu {
 
     /// Runs the guest until control asks for something, or the guest is at its end.
     fn run(&self, fd: &mut VcpuFd, shared: &Shared) -> Result<Stop> {
+        let mut unfinished = false;
         loop {
             self.run.immediate_exit().store(0, SeqCst);
+            // The only place that looks: a second one after the access would leave a gap for requests
+            // that come between the two.
             if self.request.load(SeqCst) {
-                return Ok(Stop::Asked);
+                let dead = unfinished && self.complete(fd, shared)?;
+                return Ok(if dead { Stop::Dead } else { Stop::Asked });
             }
             match self.once(fd, shared)? {
-                Exit::Nothing => {}
-                Exit::Access { last: false } => {
-                    if self.request.load(SeqCst) {
-                        return Ok(if self.complete(fd, shared)? { Stop::Dead } else { Stop::Asked });
-                    }
-                }
+                Exit::Nothing => unfinished = false,
+                Exit::Access { last: false } => unfinished = true,
                 Exit::Access { last: true } => {
                     self.complete(fd, shared)?;
                     return Ok(Stop::Dead);
