@@ -351,6 +351,8 @@ impl Vcpu {
                 let dead = unfinished && self.complete(fd, shared)?;
                 return Ok(if dead { Stop::Dead } else { Stop::Asked });
             }
+            #[cfg(test)]
+            gap::widen();
             match self.once(fd, shared)? {
                 Exit::Nothing => unfinished = false,
                 Exit::Access { last: false } => unfinished = true,
@@ -457,4 +459,23 @@ enum Exit {
 fn pieces(len: usize) -> impl Iterator<Item = (usize, usize)> {
     let step = if matches!(len, 1 | 2 | 4 | 8) { len } else { 1 };
     (0..len).step_by(step).map(move |at| (at, step))
+}
+
+/// Widens the gap between the look at the request and KVM_RUN, some nanoseconds, so that a test
+/// can hit it at will.
+#[cfg(test)]
+pub mod gap {
+    use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+    use std::time::{Duration, Instant};
+
+    /// How long it is to be; zero: as it is.
+    pub static NANOSECONDS: AtomicU64 = AtomicU64::new(0);
+
+    pub fn widen() {
+        let gap = Duration::from_nanos(NANOSECONDS.load(SeqCst));
+        let start = Instant::now();
+        while start.elapsed() < gap {
+            std::hint::spin_loop();
+        }
+    }
 }
