@@ -1,1 +1,192 @@
 //! The qcow2 image format, as a [`Driver`](crate::block::driver::Driver).
+//!
+//! Source: QEMU's `docs/interop/qcow2`. One file, one idea:
+//!
+//! | file | owns |
+//! |---|---|
+//! | `types.rs` | geometry, entries, refcount fields |
+//! | `header.rs` | the header and its extensions, both ways |
+//! | `cache.rs` | pages of metadata in memory |
+//! | `meta.rs` | `struct Meta`: look-up, tables, what is in flight |
+//! | `alloc.rs` | refcounts, free clusters |
+//! | `checkpoint.rs` | the only writer of metadata, and the proof of its order |
+//! | `io.rs` | read, write: reserve → write data → link |
+//! | `erase.rs` | write-zeroes, discard |
+//! | `compress.rs` | zlib and zstd |
+//! | `open.rs` | opening: limits, features, first checks |
+//! | `create.rs` | new images |
+//! | `resize.rs` | growing and shrinking |
+//! | `check.rs` | walking all metadata: repair at open, and the tests' checker |
+//! | `driver.rs` | `impl Driver` |
+//!
+//! Threads: requests come from any number of threads. Locks, in this order: `flush` (one
+//! checkpoint at a time) → `meta` (for moments; never while guest data move) → `decompressed`.
+//! Nobody waits for `flush`, for an allocation in flight or for exclusive use while counted as a
+//! user ([`Using`]).
+
+mod alloc;
+mod cache;
+pub mod check;
+mod checkpoint;
+pub mod compress;
+pub mod create;
+mod driver;
+mod erase;
+pub mod header;
+mod io;
+mod meta;
+pub mod open;
+mod resize;
+mod types;
+
+use crate::block::node::{Edge, Node};
+use meta::{Meta, Miss};
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+/// An open image. See the module's head.
+pub struct Qcow2 {
+    file: Arc<Edge>,
+    backing: Arc<Edge>,
+    data_file: Option<Arc<Edge>>,
+    geo: types::Geometry,
+    read_only: bool,
+    /// Space freed by guest requests goes back to the file system.
+    punch: bool,
+    /// Virtual size in bytes; changed only under exclusive use.
+    size: AtomicU64,
+    meta: Mutex<Meta>,
+    /// An allocation landed, exclusive use ended, or the last user left.
+    changed: Condvar,
+    flush: Mutex<()>,
+    /// How many checkpoints began.
+    started: AtomicU64,
+    /// The last of them that ended well with all on stable storage.
+    finished: AtomicU64,
+    /// Requests at data I/O, by the epoch in which they looked up where.
+    users: [AtomicUsize; 2],
+    /// Someone waits for `users` to become zero.
+    awaited: AtomicBool,
+    /// The cluster that was decompressed last, by its offset in the file.
+    decompressed: Mutex<Option<(u64, Arc<[u8]>)>>,
+    /// Told once when the image is found corrupt.
+    on_corrupt: Option<open::OnCorrupt>,
+}
+
+/// A request that is at data I/O at a place it looked up. While it lives, that cluster is neither
+/// punched nor used for anything else.
+struct Using<'a> {
+    image: &'a Qcow2,
+    epoch: usize,
+}
+
+impl Drop for Using<'_> {
+    fn drop(&mut self) {
+        let before = self.image.users[self.epoch].fetch_sub(1, Ordering::SeqCst);
+        if before == 1 && self.image.awaited.load(Ordering::SeqCst) {
+            // The lock orders this after the waiter's look at the counter.
+            drop(self.image.lock());
+            self.image.changed.notify_all();
+        }
+    }
+}
+
+/// The image for one thread alone: no request runs or begins. Dropping it lets them go on.
+struct Exclusive<'a>(&'a Qcow2);
+
+impl Drop for Exclusive<'_> {
+    fn drop(&mut self) {
+        self.0.lock().exclusive = false;
+        self.0.changed.notify_all();
+    }
+}
+
+impl Qcow2 {
+    fn lock(&self) -> MutexGuard<'_, Meta> {
+        self.meta.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait<'a>(&'a self, meta: MutexGuard<'a, Meta>) -> MutexGuard<'a, Meta> {
+        self.changed.wait(meta).unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Counts the caller as a user of what it just looked up under `meta`.
+    fn using(&self, meta: &Meta) -> Using<'_> {
+        self.users[meta.epoch].fetch_add(1, Ordering::SeqCst);
+        Using { image: self, epoch: meta.epoch }
+    }
+
+    fn node(&self, edge: &Edge) -> std::io::Result<Arc<Node>> {
+        edge.node().ok_or_else(|| std::io::Error::from_raw_os_error(libc::ENOMEDIUM))
+    }
+
+    fn file(&self) -> std::io::Result<Arc<Node>> {
+        self.node(&self.file)
+    }
+
+    /// Where guest data are: the external data file, or the image file.
+    fn data(&self) -> std::io::Result<Arc<Node>> {
+        self.node(self.data_file.as_ref().unwrap_or(&self.file))
+    }
+
+    /// Waits until no allocation in the guest clusters `range` is in flight and nobody has the
+    /// image for himself.
+    fn wait_for<'a>(
+        &'a self,
+        mut meta: MutexGuard<'a, Meta>,
+        range: &Range<u64>,
+    ) -> MutexGuard<'a, Meta> {
+        while meta.exclusive || meta.is_in_flight(range) {
+            meta = self.wait(meta);
+        }
+        meta
+    }
+
+    /// Takes the image for the caller alone: waits for every request to end.
+    fn exclusive(&self) -> Exclusive<'_> {
+        let mut meta = self.lock();
+        while meta.exclusive {
+            meta = self.wait(meta);
+        }
+        meta.exclusive = true;
+        self.awaited.store(true, Ordering::SeqCst);
+        while !meta.in_flight.is_empty()
+            || self.users.iter().any(|u| u.load(Ordering::SeqCst) != 0)
+        {
+            meta = self.wait(meta);
+        }
+        self.awaited.store(false, Ordering::SeqCst);
+        Exclusive(self)
+    }
+
+    /// A page that a look-up missed: reads it with the lock released, and puts it in unless it
+    /// could be out of date by then. Answers EIO when the miss is a corruption.
+    fn resolve<'a>(
+        &'a self,
+        meta: MutexGuard<'a, Meta>,
+        miss: Miss,
+    ) -> std::io::Result<MutexGuard<'a, Meta>> {
+        match miss {
+            Miss::Page(offset) => {
+                let (generation, size) = (meta.generation, meta.geo.page_size());
+                drop(meta);
+                let page = meta::read_page(&*self.file()?, offset, size)?;
+                let mut meta = self.lock();
+                if meta.generation == generation && !meta.l2.has(offset) {
+                    meta.l2.insert(offset, page);
+                }
+                Ok(meta)
+            }
+            Miss::Corrupt(why) => {
+                drop(meta);
+                Err(self.mark_corrupt(&why))
+            }
+        }
+    }
+
+    /// Turns an error that says "corrupt" into the corrupt bit and EIO; call with no lock held.
+    fn judge<T>(&self, result: std::io::Result<T>) -> std::io::Result<T> {
+        result.map_err(|e| if meta::is_corrupt(&e) { self.mark_corrupt(&e.to_string()) } else { e })
+    }
+}

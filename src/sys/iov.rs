@@ -39,6 +39,18 @@ impl<'a> Iov<'a> {
         iov
     }
 
+    /// Adds the piece `data`.
+    pub fn push(&mut self, data: &'a [u8]) {
+        // SAFETY: `data` is readable for 'a.
+        unsafe { self.push_raw(data.as_ptr().cast_mut(), data.len()) };
+    }
+
+    /// Adds all pieces of `other`.
+    pub fn append(&mut self, other: &Iov<'a>) {
+        self.vec.extend_from_slice(&other.vec);
+        self.len += other.len;
+    }
+
     /// Adds a piece.
     ///
     /// # Safety

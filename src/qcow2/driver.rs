@@ -1,0 +1,213 @@
+//! `impl Driver`: the face of an image towards the block layer.
+//!
+//! Owns: nothing; each call goes to the file that does it. Threads: as
+//! [`Driver`](crate::block::driver::Driver) says.
+
+use super::Qcow2;
+use super::header;
+use super::meta::{Map, Meta};
+use super::open::Options;
+use crate::block::driver::{Driver, Extent, ExtentKind, Flags, ImageInfo, Limits, Perm};
+use crate::block::node::Edge;
+use crate::sys::iov::{Iov, IovMut};
+use serde_json::{Map as Object, Value};
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+
+impl Qcow2 {
+    pub(super) fn new(
+        file: Arc<Edge>,
+        backing: Arc<Edge>,
+        data_file: Option<Arc<Edge>>,
+        size: u64,
+        meta: Meta,
+        options: Options,
+    ) -> Qcow2 {
+        Qcow2 {
+            file,
+            backing,
+            data_file,
+            geo: meta.geo,
+            read_only: options.read_only,
+            punch: options.pass_discard_request.unwrap_or(true),
+            size: AtomicU64::new(size),
+            meta: Mutex::new(meta),
+            changed: Condvar::new(),
+            flush: Mutex::new(()),
+            started: AtomicU64::new(0),
+            finished: AtomicU64::new(0),
+            users: [AtomicUsize::new(0), AtomicUsize::new(0)],
+            awaited: AtomicBool::new(false),
+            decompressed: Mutex::new(None),
+            on_corrupt: options.on_corrupt,
+        }
+    }
+
+    fn must_be_writable(&self) -> io::Result<()> {
+        if self.read_only { Err(io::Error::from_raw_os_error(libc::EPERM)) } else { Ok(()) }
+    }
+
+    /// True when nothing is left to be written.
+    fn is_clean(&self) -> bool {
+        let meta = self.lock();
+        meta.l2.dirty() + meta.refs.dirty() == 0
+            && meta.l1.dirty.is_empty()
+            && meta.reftable.dirty.is_empty()
+            && !meta.header_dirty
+            && meta.freed.is_empty()
+            && meta.unreachable.is_empty()
+            && meta.grace.is_empty()
+    }
+
+    /// Bytes of memory that the metadata caches hold now.
+    pub fn cache_bytes(&self) -> usize {
+        let meta = self.lock();
+        meta.l2.bytes() + meta.refs.bytes()
+    }
+}
+
+impl Driver for Qcow2 {
+    fn name(&self) -> &'static str {
+        "qcow2"
+    }
+
+    fn len(&self) -> u64 {
+        self.size.load(Ordering::SeqCst)
+    }
+
+    fn limits(&self) -> Limits {
+        Limits {
+            discard_alignment: self.geo.cluster_size() as u32,
+            cheap_zeroes: self.geo.v3,
+            ..Limits::default()
+        }
+    }
+
+    fn edges(&self) -> Vec<Arc<Edge>> {
+        let mut edges = vec![self.file.clone(), self.backing.clone()];
+        edges.extend(self.data_file.clone());
+        edges
+    }
+
+    fn wants(&self, edge: &Edge, above: (Perm, Perm)) -> (Perm, Perm) {
+        if edge.role == "backing" {
+            // Others may read it, and write what it holds already; its data must not change.
+            return (Perm::CONSISTENT_READ, Perm::CONSISTENT_READ | Perm::WRITE_UNCHANGED);
+        }
+        let mut uses = above.0 | Perm::CONSISTENT_READ;
+        let mut shares = above.1 & Perm::CONSISTENT_READ;
+        if !self.read_only {
+            // Metadata are written whatever the users do; the file grows.
+            uses = uses | Perm::WRITE | Perm::RESIZE;
+        } else {
+            shares = above.1;
+        }
+        (uses, shares)
+    }
+
+    fn read(&self, off: u64, to: &mut IovMut) -> io::Result<()> {
+        self.read_at(off, to)
+    }
+
+    fn write(&self, off: u64, from: &Iov, _flags: Flags) -> io::Result<()> {
+        self.must_be_writable()?;
+        self.write_at(off, from)
+    }
+
+    fn zero(&self, off: u64, len: u64, flags: Flags) -> io::Result<()> {
+        self.must_be_writable()?;
+        self.zero_at(off, len, flags)
+    }
+
+    fn discard(&self, off: u64, len: u64) -> io::Result<()> {
+        self.must_be_writable()?;
+        self.discard_at(off, len)
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        if self.read_only {
+            return Ok(());
+        }
+        self.checkpoint(true)
+    }
+
+    fn status(&self, off: u64, len: u64) -> io::Result<Extent> {
+        let mut meta = self.lock();
+        let (map, len) = loop {
+            match meta.lookup(off, len) {
+                Ok(run) => break run,
+                Err(miss) => meta = self.resolve(meta, miss)?,
+            }
+        };
+        let (kind, host_offset) = match map {
+            Map::Data(host) => (ExtentKind::Data, Some(host).filter(|_| self.data_file.is_none())),
+            Map::Zero => (ExtentKind::Zero, None),
+            Map::Unallocated => (ExtentKind::Unallocated, None),
+            Map::Compressed(..) => (ExtentKind::Data, None),
+        };
+        Ok(Extent { kind, len, host_offset })
+    }
+
+    fn resize(&self, len: u64) -> io::Result<()> {
+        self.must_be_writable()?;
+        self.resize_to(len)
+    }
+
+    fn info(&self) -> ImageInfo {
+        let meta = self.lock();
+        let h = &meta.header;
+        let mut data = Object::new();
+        if h.version < 3 {
+            data.insert("compat".into(), "0.10".into());
+        } else {
+            data.insert("compat".into(), "1.1".into());
+            if let Some(name) = &h.data_file {
+                data.insert("data-file".into(), name.as_str().into());
+            }
+            if meta.geo.external {
+                let raw = h.autoclear & header::AUTOCLEAR_DATA_FILE_RAW != 0;
+                data.insert("data-file-raw".into(), raw.into());
+            }
+            let lazy = h.compatible & header::COMPAT_LAZY_REFCOUNTS != 0;
+            data.insert("lazy-refcounts".into(), lazy.into());
+            let corrupt = h.incompatible & header::INCOMPAT_CORRUPT != 0;
+            data.insert("corrupt".into(), corrupt.into());
+            data.insert("extended-l2".into(), meta.geo.extended.into());
+        }
+        data.insert("refcount-bits".into(), Value::from(1u64 << h.refcount_order));
+        data.insert("compression-type".into(), h.compression.as_str().into());
+        ImageInfo {
+            cluster_size: Some(meta.geo.cluster_size()),
+            actual_size: None,
+            backing_filename: h.backing_file.clone(),
+            backing_format: h.backing_format.clone(),
+            encrypted: h.crypt != header::Crypt::None,
+            specific: Some(("qcow2", data)),
+        }
+    }
+
+    fn close(&self) -> io::Result<()> {
+        if self.read_only || self.lock().corrupt {
+            return Ok(());
+        }
+        // What the first round frees goes out with the second; the third finds nothing.
+        let _one = self.exclusive();
+        for _ in 0..3 {
+            self.checkpoint(true)?;
+            if self.is_clean() {
+                break;
+            }
+        }
+        // The file was made longer than needed, to save system calls.
+        let mut meta = self.lock();
+        let end = (meta.fresh << meta.geo.cluster_bits).max(meta.opened_len);
+        if end < meta.file_len {
+            self.file()?.driver.resize(end)?;
+            meta.file_len = end;
+        }
+        drop(meta);
+        *self.decompressed.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        Ok(())
+    }
+}

@@ -1,0 +1,419 @@
+//! Reading and writing guest data: reserve → write data with no lock → link.
+//!
+//! Owns: the course of a request. Never: knows how tables are laid out, writes metadata to disk.
+//! Threads: any number. Locks: `meta` for look-up, reservation and link; none while data move.
+//!
+//! A write to clusters that are ours goes in place; the lock is held for the look-up only. Other
+//! writes reserve host clusters and enter the guest clusters in the list of what is in flight;
+//! whoever wants to allocate, zero or discard one of them waits until it is gone from the list.
+//! Readers do not wait: they see the old contents until the link, which comes after the data.
+
+use super::Qcow2;
+use super::compress::decompress;
+use super::meta::{Map, Meta, ZEROES, corrupt, read_padded};
+use super::types::Entry;
+use crate::block::driver::Flags;
+use crate::block::node::Node;
+use crate::sys::iov::{Iov, IovMut};
+use std::io;
+use std::ops::Range;
+use std::sync::{Arc, PoisonError};
+
+/// A reservation: where the data of some guest clusters are to be.
+struct Plan {
+    /// The guest clusters, as they are in the in-flight list.
+    range: Range<u64>,
+    /// Offset of the first one's host cluster.
+    host: u64,
+    /// The host clusters were allocated for this (and are given back on failure).
+    new: bool,
+    /// They read as zeroes already.
+    fresh: bool,
+    /// What must be written in all: the request's part and what is copied around it.
+    write: Range<u64>,
+    /// The request's part.
+    data: Range<u64>,
+}
+
+impl Meta {
+    /// True when the host cluster of `entry` is this guest cluster's own to write.
+    fn is_ours(&self, entry: &Entry) -> bool {
+        entry.host.is_some() && (entry.copied || self.geo.external)
+    }
+
+    /// Reserves host clusters for a write of `len` bytes at `off`, or for as much of it as can be
+    /// done at once. Nothing of the first cluster is in flight, nor can it be written in place.
+    fn reserve(&mut self, file: &Node, off: u64, len: u64) -> io::Result<Plan> {
+        let geo = self.geo;
+        let c = geo.cluster(off);
+        self.ensure_l2(file, c)?;
+        // All entries in one page, so that the link can do all or nothing.
+        let per_page = geo.page_size() >> geo.entry_bits();
+        let mut end = geo.clusters(off, len).end.min((c | (per_page - 1)) + 1);
+        for r in &self.in_flight {
+            if r.start > c {
+                end = end.min(r.start);
+            }
+        }
+        let first = self.entry(file, c)?;
+        let ours = self.is_ours(&first);
+        let mut last = first;
+        let mut count = 1;
+        while c + count < end {
+            let entry = self.entry(file, c + count)?;
+            if self.is_ours(&entry) != ours {
+                break;
+            }
+            if ours {
+                let next = first.host.map(|h| h + (count << geo.cluster_bits));
+                if entry.host != next || entry.data == geo.all_units() {
+                    break;
+                }
+            }
+            last = entry;
+            count += 1;
+        }
+        let (host, new, fresh) = if ours {
+            (first.host.unwrap_or(0), false, false)
+        } else if geo.external {
+            (c << geo.cluster_bits, true, false)
+        } else {
+            let (k, got, fresh) = self.alloc_run(file, count)?;
+            if got < count {
+                count = got;
+                last = self.entry(file, c + count - 1).inspect_err(|_| {
+                    self.free(k << geo.cluster_bits, got, false);
+                })?;
+            }
+            (k << geo.cluster_bits, true, fresh)
+        };
+        if ours && !geo.external && (host == 0 || self.tables.contains(&geo.cluster(host))) {
+            return Err(corrupt(format!(
+                "Preventing invalid write on metadata (cluster at offset {host:#x})"
+            )));
+        }
+        // What a new cluster takes over from an old one is copied whole; else whole units.
+        let unit = |e: &Entry| match new && (e.data != 0 || e.compressed.is_some()) {
+            true => geo.cluster_size(),
+            false => geo.unit_size(),
+        };
+        let data = off..(off + len).min((c + count) << geo.cluster_bits);
+        let write = off & !(unit(&first) - 1)..data.end.next_multiple_of(unit(&last));
+        self.in_flight.push(c..c + count);
+        Ok(Plan { range: c..c + count, host, new, fresh, write, data })
+    }
+
+    /// Enters what was written into the L2 table: from now on it is read.
+    fn link(&mut self, file: &Node, plan: &Plan) -> io::Result<()> {
+        let geo = self.geo;
+        // All entries are in one page. With it in memory nothing below can fail.
+        self.entry(file, plan.range.start)?;
+        for (i, c) in plan.range.clone().enumerate() {
+            let old = self.entry(file, c)?;
+            let start = plan.write.start.max(c << geo.cluster_bits);
+            let end = plan.write.end.min((c + 1) << geo.cluster_bits);
+            let first = geo.in_cluster(start) >> geo.unit_bits();
+            let units = (end - start) >> geo.unit_bits();
+            let mask = ((((1u64 << units) - 1) << first) & u64::from(u32::MAX)) as u32;
+            let kept = if plan.new { 0 } else { old.data };
+            let entry = Entry {
+                host: Some(plan.host + ((i as u64) << geo.cluster_bits)),
+                copied: true,
+                data: kept | mask,
+                zero: old.zero & !mask,
+                compressed: None,
+            };
+            self.set_entry(file, c, &entry)?;
+            if plan.new {
+                self.free_entry(&old, false);
+            }
+        }
+        self.barrier = true;
+        Ok(())
+    }
+}
+
+impl Qcow2 {
+    /// Reads `to.len()` bytes at `off`, which lie in the disk.
+    pub(super) fn read_at(&self, off: u64, to: &mut IovMut) -> io::Result<()> {
+        let len = to.len() as u64;
+        let mut pos = 0;
+        while pos < len {
+            let mut meta = self.lock();
+            while meta.exclusive {
+                meta = self.wait(meta);
+            }
+            drop(meta);
+            pos += self.read_run(off + pos, pos as usize, to)?;
+        }
+        Ok(())
+    }
+
+    /// Reads the run of disk at `off` to position `at` of `to`; answers how long it was. Does not
+    /// care for exclusive use: who has an allocation in flight, or has it himself, calls it, too.
+    fn read_run(&self, off: u64, at: usize, to: &mut IovMut) -> io::Result<u64> {
+        let left = (to.len() - at) as u64;
+        let mut meta = self.lock();
+        let (map, len, using) = loop {
+            match meta.lookup(off, left) {
+                Ok((map, len)) => break (map, len, self.using(&meta)),
+                Err(miss) => meta = self.resolve(meta, miss)?,
+            }
+        };
+        drop(meta);
+        let n = len as usize;
+        match map {
+            Map::Data(host) => read_clipped(&*self.data()?, host, at, n, to)?,
+            Map::Zero => to.fill(at, n, 0),
+            Map::Unallocated => {
+                drop(using);
+                match self.backing.node() {
+                    Some(backing) => read_clipped(&backing, off, at, n, to)?,
+                    None => to.fill(at, n, 0),
+                }
+            }
+            Map::Compressed(from, bytes) => {
+                let cluster = self.compressed(from, bytes)?;
+                let start = self.geo.in_cluster(off) as usize;
+                to.copy_from(at, &cluster[start..start + n]);
+            }
+        }
+        Ok(len)
+    }
+
+    /// The contents of the compressed cluster of `bytes` bytes at file offset `from`. The caller
+    /// is a user: the cluster cannot be reused meanwhile, nor can the cached copy be of another.
+    fn compressed(&self, from: u64, bytes: u64) -> io::Result<Arc<[u8]>> {
+        let cache = || self.decompressed.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((offset, data)) = &*cache()
+            && *offset == from
+        {
+            return Ok(data.clone());
+        }
+        let mut data = vec![0; bytes as usize];
+        read_padded(&*self.file()?, from, &mut data)?;
+        let mut cluster = vec![0; self.geo.cluster_size() as usize];
+        let method = self.lock().header.compression;
+        decompress(method, &data, &mut cluster)?;
+        let cluster: Arc<[u8]> = cluster.into();
+        *cache() = Some((from, cluster.clone()));
+        Ok(cluster)
+    }
+
+    /// Writes all of `from` at `off`, which lies in the disk.
+    pub(super) fn write_at(&self, off: u64, from: &Iov) -> io::Result<()> {
+        let len = from.len() as u64;
+        let mut pos = 0;
+        while pos < len {
+            let (off, left) = (off + pos, len - pos);
+            let mut meta = self.lock();
+            while meta.exclusive {
+                meta = self.wait(meta);
+            }
+            if meta.corrupt {
+                return Err(io::Error::from_raw_os_error(libc::EIO));
+            }
+            match meta.lookup_in_place(off, left) {
+                Err(miss) => drop(self.resolve(meta, miss)?),
+                Ok(Some((host, n))) => {
+                    if host + n > meta.file_len && self.data_file.is_none() {
+                        let result = self.file().and_then(|f| meta.grow_for(&f, host, n));
+                        drop(meta);
+                        self.judge(result)?;
+                        meta = self.lock();
+                    }
+                    let using = self.using(&meta);
+                    drop(meta);
+                    let data = self.data()?;
+                    match n == from.len() as u64 {
+                        true => data.driver.write(host, from, Flags::NONE)?,
+                        false => {
+                            let piece = from.slice(pos as usize, n as usize);
+                            data.driver.write(host, &piece, Flags::NONE)?;
+                        }
+                    }
+                    drop(using);
+                    pos += n;
+                }
+                Ok(None) => {
+                    if meta.wants_checkpoint() {
+                        drop(meta);
+                        self.checkpoint(false)?;
+                        continue;
+                    }
+                    let c = self.geo.cluster(off);
+                    if meta.is_in_flight(&(c..c + 1)) {
+                        drop(self.wait(meta));
+                        continue;
+                    }
+                    pos += self.allocate(meta, pos as usize, off, from)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes the part of `from` that begins at `at` and belongs at `off` to newly allocated
+    /// clusters, or to own ones that are not data yet; answers how much.
+    fn allocate(
+        &self,
+        mut meta: std::sync::MutexGuard<'_, Meta>,
+        at: usize,
+        off: u64,
+        from: &Iov,
+    ) -> io::Result<u64> {
+        let file = self.file()?;
+        let plan = meta.reserve(&file, off, (from.len() - at) as u64);
+        drop(meta);
+        let plan = self.judge(plan)?;
+        let mut done = self.fill(&plan, at, from);
+        let mut meta = self.lock();
+        if done.is_ok() {
+            done = meta.link(&file, &plan);
+        }
+        if done.is_err() && plan.new && !self.geo.external {
+            meta.free(plan.host, plan.range.end - plan.range.start, false);
+        }
+        meta.landed(&plan.range);
+        drop(meta);
+        self.changed.notify_all();
+        self.judge(done)?;
+        Ok(plan.data.end - plan.data.start)
+    }
+
+    /// Writes a reservation's data: the request's, and around them what was there before.
+    fn fill(&self, plan: &Plan, at: usize, from: &Iov) -> io::Result<()> {
+        let host = |pos: u64| plan.host + (pos - (plan.range.start << self.geo.cluster_bits));
+        let node = self.data()?;
+        let head = self.around(plan, plan.write.start..plan.data.start)?;
+        let mut end = plan.write.end;
+        if self.data_file.is_some() {
+            // A raw image does not go on behind its end.
+            let size = self.size.load(std::sync::atomic::Ordering::SeqCst);
+            end = end.min(size.max(plan.data.end));
+        }
+        let tail = self.around(plan, plan.data.end..end)?;
+        let n = (plan.data.end - plan.data.start) as usize;
+        if head.is_nothing() && tail.is_nothing() && n == from.len() {
+            return node.driver.write(host(plan.data.start), from, Flags::NONE);
+        }
+        let mut iov = Iov::new();
+        let start = plan.data.start - head.push(&mut iov) as u64;
+        iov.append(&from.slice(at, n));
+        tail.push(&mut iov);
+        node.driver.write(host(start), &iov, Flags::NONE)
+    }
+
+    /// What is to be written in `range`, beside the request's data.
+    fn around(&self, plan: &Plan, range: Range<u64>) -> io::Result<Around> {
+        if range.is_empty() {
+            return Ok(Around::Nothing);
+        }
+        let len = (range.end - range.start) as usize;
+        let size = self.size.load(std::sync::atomic::Ordering::SeqCst);
+        let inside = size.clamp(range.start, range.end) - range.start;
+        if inside == 0 || self.reads_zero(range.start, inside)? {
+            return Ok(if plan.fresh { Around::Nothing } else { Around::Zeroes(len) });
+        }
+        let mut buf = vec![0; len];
+        let mut iov = IovMut::from_slice(&mut buf[..inside as usize]);
+        let mut pos = 0;
+        while pos < inside {
+            pos += self.read_run(range.start + pos, pos as usize, &mut iov)?;
+        }
+        Ok(Around::Copy(buf))
+    }
+
+    /// True when `len` bytes at `off` are known to read as zeroes (false: perhaps).
+    pub(super) fn reads_zero(&self, off: u64, len: u64) -> io::Result<bool> {
+        let mut pos = 0;
+        let backing = self.backing.node().map_or(0, |n| n.driver.len());
+        while pos < len {
+            let mut meta = self.lock();
+            let (map, n) = loop {
+                match meta.lookup(off + pos, len - pos) {
+                    Ok(run) => break run,
+                    Err(miss) => meta = self.resolve(meta, miss)?,
+                }
+            };
+            match map {
+                Map::Zero => {}
+                Map::Unallocated if off + pos >= backing => {}
+                _ => return Ok(false),
+            }
+            pos += n;
+        }
+        Ok(true)
+    }
+}
+
+/// See [`Qcow2::around`].
+enum Around {
+    /// Nothing needs to be written.
+    Nothing,
+    /// So many zeroes.
+    Zeroes(usize),
+    /// These bytes.
+    Copy(Vec<u8>),
+}
+
+impl Around {
+    fn is_nothing(&self) -> bool {
+        matches!(self, Around::Nothing)
+    }
+
+    /// Adds the bytes to `iov`; answers how many.
+    fn push<'a>(&'a self, iov: &mut Iov<'a>) -> usize {
+        match self {
+            Around::Nothing => 0,
+            Around::Zeroes(n) => {
+                let mut left = *n;
+                while left > 0 {
+                    let piece = left.min(ZEROES.len());
+                    iov.push(&ZEROES[..piece]);
+                    left -= piece;
+                }
+                *n
+            }
+            Around::Copy(bytes) => {
+                iov.push(bytes);
+                bytes.len()
+            }
+        }
+    }
+}
+
+/// Reads `n` bytes at `off` to position `at` of `to`; what lies beyond the node's end is zeroes.
+fn read_clipped(node: &Node, off: u64, at: usize, n: usize, to: &mut IovMut) -> io::Result<()> {
+    let have = node.driver.len().saturating_sub(off).min(n as u64) as usize;
+    if have == to.len() {
+        return node.driver.read(off, to);
+    }
+    if have > 0 {
+        node.driver.read(off, &mut to.slice(at, have))?;
+    }
+    if have < n {
+        to.fill(at + have, n - have, 0);
+    }
+    Ok(())
+}
+
+impl Meta {
+    /// True when it is time for a checkpoint before more is changed.
+    pub fn wants_checkpoint(&self) -> bool {
+        self.l2.is_full() || self.refs.is_full() || self.freed.len() > 4096
+    }
+
+    /// Makes room in the file for an in-place write behind its end, if the metadata agree that
+    /// the cluster is allocated.
+    fn grow_for(&mut self, file: &Node, host: u64, len: u64) -> io::Result<()> {
+        for k in self.geo.clusters(host, len) {
+            if self.refcount(file, k)? == 0 {
+                return Err(corrupt(format!(
+                    "Data cluster at {host:#x} lies beyond the end of the file and has refcount 0"
+                )));
+            }
+        }
+        self.grow_file(file, host.saturating_add(len))
+    }
+}
