@@ -268,6 +268,13 @@ impl Opening<'_> {
         Ok(edge)
     }
 
+    /// The file that the image in `file` names besides its backing file (an external data file),
+    /// by the rules for such names.
+    pub fn named(&self, file: &Edge, name: &str) -> Result<Child> {
+        let own = file.node().map(|n| n.driver.filename()).unwrap_or_default();
+        Ok(Child::New(Box::new(from_file_name(self.env, &combine(&own, name))?)))
+    }
+
     /// The backing file of a format: as `backing` says, else the one that the image in `file`
     /// names. `named`: the header's file name and format.
     pub fn backing(

@@ -10,6 +10,7 @@ use crate::block::open::{Backing, Child, Common, Env, Open, PassedFd, Plan};
 use crate::block::raw::RawPlan;
 use crate::error::{Error, Result};
 use crate::qapi::{self, Flat, Null, Wire};
+use crate::qcow2::{self, plan::Qcow2Plan};
 use crate::sys::fdset::FdSets;
 use crate::{wire_alternate, wire_enum, wire_struct, wire_union};
 use std::cell::RefCell;
@@ -62,6 +63,8 @@ wire_union! {
         "null-aio" NullAio(BlockdevOptionsNull),
         /// No storage: writes are forgotten.
         "null-co" NullCo(BlockdevOptionsNull),
+        /// QEMU's image format.
+        "qcow2" Qcow2(Box<BlockdevOptionsQcow2>),
         /// Bytes as they are.
         "raw" Raw(Box<BlockdevOptionsRaw>),
     }
@@ -136,6 +139,28 @@ wire_struct! {
     }
 }
 
+wire_struct! {
+    /// Options of the driver `qcow2`.
+    pub struct BlockdevOptionsQcow2 {
+        /// What has the image's bytes, and the backing file.
+        base: Flat<BlockdevOptionsGenericCOWFormat>,
+        /// Whether space that the guest discards goes back to the file system (default: yes).
+        "pass-discard-request" pass_discard_request: Option<bool>,
+        /// Bytes of both metadata caches together.
+        "cache-size" cache_size: Option<i64>,
+        /// Bytes of the cache for L2 tables (default: enough for the disk, at most 32 MiB).
+        "l2-cache-size" l2_cache_size: Option<i64>,
+        /// Unit of that cache; it never uses larger ones than 4 KiB.
+        "l2-cache-entry-size" l2_cache_entry_size: Option<i64>,
+        /// Bytes of the cache for refcount blocks.
+        "refcount-cache-size" refcount_cache_size: Option<i64>,
+        /// Seconds after which unused pages of the caches are given up (default: 600; 0: never).
+        "cache-clean-interval" cache_clean_interval: Option<i64>,
+        /// The external data file; absent: the one that the image names.
+        "data-file" data_file: Option<BlockdevRef>,
+    }
+}
+
 fn child(r: BlockdevRef) -> Result<Child> {
     Ok(match r {
         BlockdevRef::Definition(options) => Child::New(Box::new(plan(*options)?)),
@@ -184,6 +209,21 @@ pub fn plan(options: BlockdevOptions) -> Result<Plan> {
         BlockdevDriver::NullAio(options) | BlockdevDriver::NullCo(options) => {
             Box::new(NullPlan { name, options })
         }
+        BlockdevDriver::Qcow2(o) => Box::new(Qcow2Plan {
+            file: child(o.base.0.file)?,
+            backing: backing(o.base.0.backing)?,
+            data_file: o.data_file.map(child).transpose()?,
+            options: qcow2::open::Options {
+                read_only: false,
+                cache_size: bytes("cache-size", o.cache_size)?,
+                l2_cache_size: bytes("l2-cache-size", o.l2_cache_size)?,
+                l2_cache_entry_size: bytes("l2-cache-entry-size", o.l2_cache_entry_size)?,
+                refcount_cache_size: bytes("refcount-cache-size", o.refcount_cache_size)?,
+                cache_clean_interval: bytes("cache-clean-interval", o.cache_clean_interval)?,
+                pass_discard_request: o.pass_discard_request,
+                on_corrupt: None,
+            },
+        }),
         BlockdevDriver::Raw(o) => Box::new(RawPlan {
             file: child(o.base.0.file)?,
             offset: bytes("offset", o.offset)?,
@@ -200,8 +240,10 @@ struct Layer {
 }
 
 /// The formats that an image header, or `format=`, can name.
-static FORMATS: &[Layer] =
-    &[Layer { name: "raw", open: |file| Box::new(RawPlan { file, offset: None, size: None }) }];
+static FORMATS: &[Layer] = &[
+    Layer { name: "qcow2", open: |file| Box::new(Qcow2Plan::new(file)) },
+    Layer { name: "raw", open: |file| Box::new(RawPlan { file, offset: None, size: None }) },
+];
 
 /// The formats and the fd sets, as opening a node needs them.
 pub struct Formats<'a> {

@@ -27,8 +27,7 @@ impl Meta {
     /// refcount block is.
     fn refcount_place(&self, k: u64) -> io::Result<Option<(u64, usize)>> {
         let index = k >> self.geo.block_bits();
-        let Some(&entry) = usize::try_from(index).ok().and_then(|i| self.reftable.entries.get(i))
-        else {
+        let Some(&entry) = usize::try_from(index).ok().and_then(|i| self.reftable.entries.get(i)) else {
             return Ok(None);
         };
         let block = entry & REFTABLE_MASK;
@@ -106,9 +105,7 @@ impl Meta {
                 self.cursor = 0;
                 match self.search(file, want, u32::MAX)? {
                     Some((first, count)) => Ok((first, count, false)),
-                    None if want > 1 => {
-                        self.alloc_tail(file, 1).map(|(first, fresh)| (first, 1, fresh))
-                    }
+                    None if want > 1 => self.alloc_tail(file, 1).map(|(first, fresh)| (first, 1, fresh)),
                     None => Err(e),
                 }
             }
@@ -268,13 +265,13 @@ impl Meta {
         }
         let step = (self.file_len / 8).clamp(256 << 10, 64 << 20);
         let roomy = self.geo.round_up(end.max(self.file_len.saturating_add(step)));
-        let done = match file.driver.resize(roomy) {
+        let done = match file.resize(roomy) {
             Ok(()) => roomy,
-            Err(_) => match file.driver.resize(end) {
+            Err(_) => match file.resize(end) {
                 Ok(()) => end,
                 Err(e) => {
-                    let fixed = matches!(e.raw_os_error(), Some(libc::ENOTSUP | libc::EINVAL));
-                    return Err(if fixed { io::Error::from_raw_os_error(libc::ENOSPC) } else { e });
+                    let full = io::Error::from_raw_os_error(libc::ENOSPC);
+                    return Err(if file.driver.grows() { e } else { full });
                 }
             },
         };

@@ -172,10 +172,7 @@ impl Cache {
     /// All dirty pages in the order of their offsets, shared.
     pub fn snapshot(&self) -> Vec<(u64, Arc<[u8]>)> {
         // A dirty offset always has a slot: `forget` and `insert` keep the two in step.
-        self.dirty
-            .iter()
-            .filter_map(|o| self.map.get(o).map(|&i| (*o, self.slots[i].page.clone())))
-            .collect()
+        self.dirty.iter().filter_map(|o| self.map.get(o).map(|&i| (*o, self.slots[i].page.clone()))).collect()
     }
 
     /// The pages of a [`Cache::snapshot`] are in the file now: those not changed since are clean.

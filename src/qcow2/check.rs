@@ -259,12 +259,8 @@ impl Qcow2 {
         let file = self.file()?;
         {
             let mut meta = self.lock();
-            let mut walk = Walk {
-                meta: &mut meta,
-                file: &file,
-                counts: HashMap::default(),
-                report: Report::default(),
-            };
+            let mut walk =
+                Walk { meta: &mut meta, file: &file, counts: HashMap::default(), report: Report::default() };
             walk.all()?;
             if let Some(why) = walk.report.errors.first() {
                 return Err(io::Error::new(
@@ -276,8 +272,7 @@ impl Qcow2 {
             let end = walk.counts.keys().max().map_or(0, |k| k + 1);
             walk.meta.tail = walk.meta.tail.max(end);
             walk.meta.fresh = walk.meta.fresh.max(end);
-            let blocks: HashSet<u64> =
-                walk.counts.keys().map(|k| k >> walk.meta.geo.block_bits()).collect();
+            let blocks: HashSet<u64> = walk.counts.keys().map(|k| k >> walk.meta.geo.block_bits()).collect();
             for i in blocks {
                 walk.meta.make_block(&file, i)?;
             }

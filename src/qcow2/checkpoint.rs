@@ -58,6 +58,7 @@ use crate::sys::iov::Iov;
 use std::io;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
+use std::time::Instant;
 
 type Pages = Vec<(u64, Arc<[u8]>)>;
 type Sectors = Vec<(u64, Vec<u8>)>;
@@ -172,9 +173,9 @@ impl Qcow2 {
     /// Syncs the image file and, if there is one, the external data file (first: it holds data).
     fn sync(&self, file: &Node) -> io::Result<()> {
         if let Some(edge) = &self.data_file {
-            self.node(edge)?.driver.flush()?;
+            self.node(edge)?.flush()?;
         }
-        file.driver.flush()
+        file.flush()
     }
 
     /// Steps 2 and 3. Answers whether all of it is on stable storage.
@@ -233,6 +234,11 @@ impl Qcow2 {
         // A page can have been made clean, or its table be freed: see the head of meta.rs.
         meta.generation += u64::from(work.has_pointers());
         meta.unreachable.extend(work.freed);
+        if self.clean_interval.is_some_and(|i| meta.cleaned.elapsed() >= i) {
+            meta.cleaned = Instant::now();
+            meta.l2.trim();
+            meta.refs.trim();
+        }
         loop {
             if !meta.grace.is_empty() {
                 if self.users[meta.grace_epoch].load(Ordering::SeqCst) != 0 {
@@ -245,9 +251,7 @@ impl Qcow2 {
                 meta = self.lock();
             }
             // The other counter must be empty before new requests may count in it.
-            if meta.unreachable.is_empty()
-                || self.users[1 - meta.epoch].load(Ordering::SeqCst) != 0
-            {
+            if meta.unreachable.is_empty() || self.users[1 - meta.epoch].load(Ordering::SeqCst) != 0 {
                 return Ok(());
             }
             meta.grace = std::mem::take(&mut meta.unreachable);
@@ -280,7 +284,7 @@ impl Qcow2 {
         *self.decompressed.lock().unwrap_or_else(PoisonError::into_inner) = None;
         for l in last.iter().filter(|l| l.punch && self.punch) {
             // A hint: a file system that cannot is no error.
-            if let Err(e) = file.driver.discard(l.first << bits, l.count << bits) {
+            if let Err(e) = file.discard(l.first << bits, l.count << bits) {
                 log::debug!("qcow2: discard in the image file: {e}");
             }
         }
@@ -316,7 +320,7 @@ impl Qcow2 {
                 sector[79] |= INCOMPAT_CORRUPT as u8;
                 let done = self.file().and_then(|f| {
                     write_all(&f, 0, &sector)?;
-                    f.driver.flush()
+                    f.flush()
                 });
                 match done {
                     Ok(()) => meta.sector = sector,
@@ -349,7 +353,7 @@ fn write_pages(file: &Node, pages: &Pages) -> io::Result<()> {
             iov.push(page);
             n += 1;
         }
-        file.driver.write(*start, &iov, Flags::NONE)?;
+        file.write(*start, &iov, Flags::NONE)?;
         rest = &rest[n..];
     }
     Ok(())

@@ -9,7 +9,6 @@ use super::types::refcount_set;
 use crate::block::node::Node;
 use std::io;
 
-
 /// `BlockdevCreateOptionsQcow2`, with QEMU's defaults ([`Default`]).
 #[derive(Clone, Debug)]
 pub struct CreateOptions {
@@ -69,10 +68,14 @@ fn plan(o: &CreateOptions) -> io::Result<Header> {
     }
     if o.extended_l2 {
         if o.version < 3 {
-            return Err(invalid("Extended L2 entries are only supported with compatibility level 1.1 and above (use version=v3 or greater)"));
+            return Err(invalid(
+                "Extended L2 entries are only supported with compatibility level 1.1 and above (use version=v3 or greater)",
+            ));
         }
         if o.cluster_size < 16384 {
-            return Err(invalid("Extended L2 entries are only supported with cluster sizes of at least 16384 bytes"));
+            return Err(invalid(
+                "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes",
+            ));
         }
     }
     if o.size % 512 != 0 {
@@ -83,16 +86,24 @@ fn plan(o: &CreateOptions) -> io::Result<Header> {
     }
     if o.version < 3 {
         if o.lazy_refcounts {
-            return Err(invalid("Lazy refcounts only supported with compatibility level 1.1 and above (use version=v3 or greater)"));
+            return Err(invalid(
+                "Lazy refcounts only supported with compatibility level 1.1 and above (use version=v3 or greater)",
+            ));
         }
         if o.refcount_bits != 16 {
-            return Err(invalid("Different refcount widths than 16 bits require compatibility level 1.1 or above (use version=v3 or greater)"));
+            return Err(invalid(
+                "Different refcount widths than 16 bits require compatibility level 1.1 or above (use version=v3 or greater)",
+            ));
         }
         if o.compression != Compression::Zlib {
-            return Err(invalid("Non-zlib compression type is only supported with compatibility level 1.1 and above (use version=v3 or greater)"));
+            return Err(invalid(
+                "Non-zlib compression type is only supported with compatibility level 1.1 and above (use version=v3 or greater)",
+            ));
         }
         if o.data_file.is_some() {
-            return Err(invalid("External data files are only supported with compatibility level 1.1 and above (use version=v3 or greater)"));
+            return Err(invalid(
+                "External data files are only supported with compatibility level 1.1 and above (use version=v3 or greater)",
+            ));
         }
     }
     if o.data_file_raw && o.data_file.is_none() {
@@ -180,10 +191,9 @@ pub fn create(file: &Node, options: &CreateOptions) -> io::Result<()> {
     h.l1_offset = if h.l1_size == 0 { 0 } else { first_block + blocks * size };
     let used = 1 + table + blocks + l1;
     let header = h.to_bytes()?;
-    file.driver.resize(0)?;
-    file.driver.resize(used * size)?;
-    let mut bytes: Vec<u8> =
-        (0..blocks).flat_map(|i| (first_block + i * size).to_be_bytes()).collect();
+    file.resize(0)?;
+    file.resize(used * size)?;
+    let mut bytes: Vec<u8> = (0..blocks).flat_map(|i| (first_block + i * size).to_be_bytes()).collect();
     bytes.resize((table * size) as usize, 0);
     write_all(file, size, &bytes)?;
     for i in 0..blocks {
@@ -193,5 +203,5 @@ pub fn create(file: &Node, options: &CreateOptions) -> io::Result<()> {
         write_all(file, first_block + i * size, &block)?;
     }
     write_all(file, 0, &header)?;
-    file.driver.flush()
+    file.flush()
 }

@@ -9,11 +9,13 @@ use super::meta::{Map, Meta};
 use super::open::Options;
 use crate::block::driver::{Driver, Extent, ExtentKind, Flags, ImageInfo, Limits, Perm};
 use crate::block::node::Edge;
+use crate::block::perm;
 use crate::sys::iov::{Iov, IovMut};
 use serde_json::{Map as Object, Value};
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Duration;
 
 impl Qcow2 {
     pub(super) fn new(
@@ -40,6 +42,10 @@ impl Qcow2 {
             users: [AtomicUsize::new(0), AtomicUsize::new(0)],
             awaited: AtomicBool::new(false),
             decompressed: Mutex::new(None),
+            clean_interval: match options.cache_clean_interval.unwrap_or(600) {
+                0 => None,
+                seconds => Some(Duration::from_secs(seconds)),
+            },
             on_corrupt: options.on_corrupt,
         }
     }
@@ -91,19 +97,11 @@ impl Driver for Qcow2 {
     }
 
     fn wants(&self, edge: &Edge, above: (Perm, Perm)) -> (Perm, Perm) {
-        if edge.role == "backing" {
-            // Others may read it, and write what it holds already; its data must not change.
-            return (Perm::CONSISTENT_READ, Perm::CONSISTENT_READ | Perm::WRITE_UNCHANGED);
+        match edge.role.as_str() {
+            "backing" => perm::for_backing(above),
+            "data-file" => perm::for_data(above),
+            _ => perm::for_metadata(above, !self.read_only),
         }
-        let mut uses = above.0 | Perm::CONSISTENT_READ;
-        let mut shares = above.1 & Perm::CONSISTENT_READ;
-        if !self.read_only {
-            // Metadata are written whatever the users do; the file grows.
-            uses = uses | Perm::WRITE | Perm::RESIZE;
-        } else {
-            shares = above.1;
-        }
-        (uses, shares)
     }
 
     fn read(&self, off: u64, to: &mut IovMut) -> io::Result<()> {
@@ -123,6 +121,10 @@ impl Driver for Qcow2 {
     fn discard(&self, off: u64, len: u64) -> io::Result<()> {
         self.must_be_writable()?;
         self.discard_at(off, len)
+    }
+
+    fn filename(&self) -> String {
+        self.file.node().map(|n| n.driver.filename()).unwrap_or_default()
     }
 
     fn flush(&self) -> io::Result<()> {
@@ -179,10 +181,11 @@ impl Driver for Qcow2 {
         data.insert("compression-type".into(), h.compression.as_str().into());
         ImageInfo {
             cluster_size: Some(meta.geo.cluster_size()),
-            actual_size: None,
+            actual_size: self.file.node().and_then(|n| n.driver.info().actual_size),
             backing_filename: h.backing_file.clone(),
             backing_format: h.backing_format.clone(),
             encrypted: h.crypt != header::Crypt::None,
+            dirty: h.incompatible & header::INCOMPAT_DIRTY != 0,
             specific: Some(("qcow2", data)),
         }
     }
@@ -203,7 +206,7 @@ impl Driver for Qcow2 {
         let mut meta = self.lock();
         let end = (meta.fresh << meta.geo.cluster_bits).max(meta.opened_len);
         if end < meta.file_len {
-            self.file()?.driver.resize(end)?;
+            self.file()?.resize(end)?;
             meta.file_len = end;
         }
         drop(meta);

@@ -140,7 +140,7 @@ impl Qcow2 {
     ) -> io::Result<u64> {
         let backing = match how {
             Erase::Cut => 0,
-            _ => self.backing.node().map_or(0, |n| n.driver.len()),
+            _ => self.backing.node().map_or(0, |n| n.len()),
         };
         let result = self.file().and_then(|f| meta.erase_page(&f, off, end, how, backing));
         drop(meta);
@@ -216,12 +216,8 @@ impl Meta {
                 }
                 // Partly erased units of a cluster keep it, whoever else has it.
                 let whole = mask == all || (old.data & !mask == 0 && old.compressed.is_none());
-                let mut new = Entry {
-                    data: old.data & !mask,
-                    zero: old.zero | mask,
-                    compressed: None,
-                    ..*old
-                };
+                let mut new =
+                    Entry { data: old.data & !mask, zero: old.zero | mask, compressed: None, ..*old };
                 let shared = old.host.is_some() && !old.copied;
                 if whole && (how == Erase::Unmap || shared) {
                     (new.host, new.copied) = (None, false);

@@ -266,9 +266,7 @@ impl Header {
                         return Err(bad("CRYPTO header extension only expected with LUKS encryption method"));
                     }
                     if len != 16 {
-                        return Err(bad(format!(
-                            "CRYPTO header extension size {len}, but expected size 16"
-                        )));
+                        return Err(bad(format!("CRYPTO header extension size {len}, but expected size 16")));
                     }
                     let (at, length) = (be64(data, 0), be64(data, 8));
                     if at & (self.geometry().cluster_size() - 1) != 0 {
@@ -356,7 +354,9 @@ impl Header {
     fn check_tables(&self) -> io::Result<()> {
         let g = self.geometry();
         if g.extended && g.cluster_bits < 14 {
-            return Err(bad("Extended L2 entries are only supported with cluster sizes of at least 16384 bytes"));
+            return Err(bad(
+                "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes",
+            ));
         }
         let table = |what: &str, offset: u64, bytes: u64, max: u64| {
             if bytes > max {
@@ -395,8 +395,7 @@ impl Header {
         if self.l1_size != 0 && self.l1_offset == 0 {
             return Err(bad("Active L1 table offset invalid"));
         }
-        if self.incompatible & INCOMPAT_DATA_FILE == 0 && self.autoclear & AUTOCLEAR_DATA_FILE_RAW != 0
-        {
+        if self.incompatible & INCOMPAT_DATA_FILE == 0 && self.autoclear & AUTOCLEAR_DATA_FILE_RAW != 0 {
             return Err(bad("data-file-raw requires data-file"));
         }
         Ok(())
@@ -411,6 +410,11 @@ impl Header {
             external: self.incompatible & INCOMPAT_DATA_FILE != 0,
             v3: self.version >= 3,
         }
+    }
+
+    /// True when guest data lie in an external file.
+    pub fn needs_data_file(&self) -> bool {
+        self.incompatible & INCOMPAT_DATA_FILE != 0
     }
 
     /// Bytes of the fixed part.

@@ -226,10 +226,10 @@ impl Qcow2 {
                     drop(meta);
                     let data = self.data()?;
                     match n == from.len() as u64 {
-                        true => data.driver.write(host, from, Flags::NONE)?,
+                        true => data.write(host, from, Flags::NONE)?,
                         false => {
                             let piece = from.slice(pos as usize, n as usize);
-                            data.driver.write(host, &piece, Flags::NONE)?;
+                            data.write(host, &piece, Flags::NONE)?;
                         }
                     }
                     drop(using);
@@ -295,13 +295,13 @@ impl Qcow2 {
         let tail = self.around(plan, plan.data.end..end)?;
         let n = (plan.data.end - plan.data.start) as usize;
         if head.is_nothing() && tail.is_nothing() && n == from.len() {
-            return node.driver.write(host(plan.data.start), from, Flags::NONE);
+            return node.write(host(plan.data.start), from, Flags::NONE);
         }
         let mut iov = Iov::new();
         let start = plan.data.start - head.push(&mut iov) as u64;
         iov.append(&from.slice(at, n));
         tail.push(&mut iov);
-        node.driver.write(host(start), &iov, Flags::NONE)
+        node.write(host(start), &iov, Flags::NONE)
     }
 
     /// What is to be written in `range`, beside the request's data.
@@ -327,7 +327,7 @@ impl Qcow2 {
     /// True when `len` bytes at `off` are known to read as zeroes (false: perhaps).
     pub(super) fn reads_zero(&self, off: u64, len: u64) -> io::Result<bool> {
         let mut pos = 0;
-        let backing = self.backing.node().map_or(0, |n| n.driver.len());
+        let backing = self.backing.node().map_or(0, |n| n.len());
         while pos < len {
             let mut meta = self.lock();
             let (map, n) = loop {
@@ -385,12 +385,12 @@ impl Around {
 
 /// Reads `n` bytes at `off` to position `at` of `to`; what lies beyond the node's end is zeroes.
 fn read_clipped(node: &Node, off: u64, at: usize, n: usize, to: &mut IovMut) -> io::Result<()> {
-    let have = node.driver.len().saturating_sub(off).min(n as u64) as usize;
+    let have = node.len().saturating_sub(off).min(n as u64) as usize;
     if have == to.len() {
-        return node.driver.read(off, to);
+        return node.read(off, to);
     }
     if have > 0 {
-        node.driver.read(off, &mut to.slice(at, have))?;
+        node.read(off, &mut to.slice(at, have))?;
     }
     if have < n {
         to.fill(at + have, n - have, 0);

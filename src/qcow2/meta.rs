@@ -19,6 +19,7 @@ use std::collections::{BTreeSet, HashSet};
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Instant;
 
 /// What a look-up could not do.
 #[derive(Debug)]
@@ -135,6 +136,8 @@ pub struct Meta {
     pub file_len: u64,
     /// Length of the file when it was opened.
     pub opened_len: u64,
+    /// When unused pages were last given up.
+    pub cleaned: Instant,
     /// Someone has, or waits for, the image for himself: requests wait.
     pub exclusive: bool,
     /// The image was found corrupt: nothing may be written any more.
@@ -429,9 +432,9 @@ pub fn is_corrupt(e: &io::Error) -> bool {
 
 fn decode(geo: &Geometry, page: &[u8], at: usize, c: u64) -> Result<Entry, Miss> {
     let bitmap = if geo.extended { be64(page, at + 8) } else { 0 };
-    let entry = geo.decode(be64(page, at), bitmap).map_err(|why| {
-        Miss::Corrupt(format!("{why} (guest offset {:#x})", c << geo.cluster_bits))
-    })?;
+    let entry = geo
+        .decode(be64(page, at), bitmap)
+        .map_err(|why| Miss::Corrupt(format!("{why} (guest offset {:#x})", c << geo.cluster_bits)))?;
     if geo.external && entry.host.is_some_and(|h| h != c << geo.cluster_bits) {
         return Err(Miss::Corrupt(format!(
             "External data file host cluster offset is not the guest offset {:#x}",
@@ -443,9 +446,9 @@ fn decode(geo: &Geometry, page: &[u8], at: usize, c: u64) -> Result<Entry, Miss>
 
 /// Reads at `offset`; what lies beyond the end of the file reads as zeroes.
 pub fn read_padded(file: &Node, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-    let have = file.driver.len().saturating_sub(offset).min(buf.len() as u64) as usize;
+    let have = file.len().saturating_sub(offset).min(buf.len() as u64) as usize;
     if have > 0 {
-        file.driver.read(offset, &mut IovMut::from_slice(&mut buf[..have]))?;
+        file.read(offset, &mut IovMut::from_slice(&mut buf[..have]))?;
     }
     buf[have..].fill(0);
     Ok(())
@@ -462,7 +465,7 @@ pub fn read_page(file: &Node, offset: u64, size: u64) -> io::Result<Arc<[u8]>> {
 pub fn write_all(file: &Node, offset: u64, bytes: &[u8]) -> io::Result<()> {
     use crate::block::driver::Flags;
     use crate::sys::iov::Iov;
-    file.driver.write(offset, &Iov::from_slice(bytes), Flags::NONE)
+    file.write(offset, &Iov::from_slice(bytes), Flags::NONE)
 }
 
 /// A piece of zeroes to write from.
@@ -471,7 +474,7 @@ pub static ZEROES: [u8; 65536] = [0; 65536];
 /// Makes `len` bytes at `offset` read as zeroes, quickly if the file can.
 pub fn write_zeroes(file: &Node, offset: u64, len: u64) -> io::Result<()> {
     use crate::block::driver::Flags;
-    if len > ZEROES.len() as u64 && file.driver.zero(offset, len, Flags::NO_FALLBACK).is_ok() {
+    if len > ZEROES.len() as u64 && file.zero(offset, len, Flags::NO_FALLBACK).is_ok() {
         return Ok(());
     }
     let mut done = 0;

@@ -14,6 +14,7 @@
 //! | `erase.rs` | write-zeroes, discard |
 //! | `compress.rs` | zlib and zstd |
 //! | `open.rs` | opening: limits, features, first checks |
+//! | `plan.rs` | options of `blockdev-add`; opens the children |
 //! | `create.rs` | new images |
 //! | `resize.rs` | growing and shrinking |
 //! | `check.rs` | walking all metadata: repair at open, and the tests' checker |
@@ -36,6 +37,7 @@ pub mod header;
 mod io;
 mod meta;
 pub mod open;
+pub mod plan;
 mod resize;
 mod types;
 
@@ -44,6 +46,7 @@ use meta::{Meta, Miss};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 /// An open image. See the module's head.
 pub struct Qcow2 {
@@ -70,6 +73,8 @@ pub struct Qcow2 {
     awaited: AtomicBool,
     /// The cluster that was decompressed last, by its offset in the file.
     decompressed: Mutex<Option<(u64, Arc<[u8]>)>>,
+    /// How long a page may stay unused; `None`: for ever.
+    clean_interval: Option<Duration>,
     /// Told once when the image is found corrupt.
     on_corrupt: Option<open::OnCorrupt>,
 }
@@ -132,11 +137,7 @@ impl Qcow2 {
 
     /// Waits until no allocation in the guest clusters `range` is in flight and nobody has the
     /// image for himself.
-    fn wait_for<'a>(
-        &'a self,
-        mut meta: MutexGuard<'a, Meta>,
-        range: &Range<u64>,
-    ) -> MutexGuard<'a, Meta> {
+    fn wait_for<'a>(&'a self, mut meta: MutexGuard<'a, Meta>, range: &Range<u64>) -> MutexGuard<'a, Meta> {
         while meta.exclusive || meta.is_in_flight(range) {
             meta = self.wait(meta);
         }
@@ -151,9 +152,7 @@ impl Qcow2 {
         }
         meta.exclusive = true;
         self.awaited.store(true, Ordering::SeqCst);
-        while !meta.in_flight.is_empty()
-            || self.users.iter().any(|u| u.load(Ordering::SeqCst) != 0)
-        {
+        while !meta.in_flight.is_empty() || self.users.iter().any(|u| u.load(Ordering::SeqCst) != 0) {
             meta = self.wait(meta);
         }
         self.awaited.store(false, Ordering::SeqCst);

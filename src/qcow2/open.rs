@@ -15,6 +15,7 @@ use crate::block::node::{Edge, Node};
 use std::collections::HashSet;
 use std::io;
 use std::sync::Arc;
+use std::time::Instant;
 
 /// Called once, with what is wrong, when an image is found corrupt while in use.
 pub type OnCorrupt = Box<dyn Fn(&str) + Send + Sync>;
@@ -42,6 +43,9 @@ pub struct Options {
     /// `pass-discard-request`: space that the guest gives up goes back to the file system
     /// (true if absent; the file node's own `discard` option decides, too).
     pub pass_discard_request: Option<bool>,
+    /// `cache-clean-interval` in seconds: pages unused for that long are given up (600 if absent,
+    /// 0: never).
+    pub cache_clean_interval: Option<u64>,
     /// See [`OnCorrupt`].
     pub on_corrupt: Option<OnCorrupt>,
 }
@@ -56,7 +60,7 @@ pub fn read_header(file: &Node) -> io::Result<Header> {
 
 /// The first cluster, or as much of it as there is.
 fn first_cluster(file: &Node) -> io::Result<Vec<u8>> {
-    let have = file.driver.len();
+    let have = file.len();
     let mut start = vec![0; 512.min(have) as usize];
     read_padded(file, 0, &mut start)?;
     let size = header::peek_cluster_size(&start)?;
@@ -98,18 +102,15 @@ pub fn open(
     }
     match (header.incompatible & header::INCOMPAT_DATA_FILE != 0, &data_file) {
         (true, None) => return Err(refuse("'data-file' is required for this image")),
-        (false, Some(_)) => return Err(refuse("'data-file' can only be set for images with an external data file")),
+        (false, Some(_)) => {
+            return Err(refuse("'data-file' can only be set for images with an external data file"));
+        }
         _ => {}
     }
     let (l2, refs) = cache_sizes(&header, &options)?;
     let geo = header.geometry();
-    let file_len = node.driver.len();
-    let l1 = read_table(
-        &node,
-        "Active L1 table",
-        header.l1_offset,
-        u64::from(header.l1_size),
-    )?;
+    let file_len = node.len();
+    let l1 = read_table(&node, "Active L1 table", header.l1_offset, u64::from(header.l1_size))?;
     let reftable = read_table(
         &node,
         "Reference count table",
@@ -143,6 +144,7 @@ pub fn open(
         fresh: clusters,
         file_len,
         opened_len: file_len,
+        cleaned: Instant::now(),
         exclusive: false,
         corrupt: false,
     };
@@ -216,7 +218,7 @@ fn read_table(file: &Node, what: &str, offset: u64, count: u64) -> io::Result<Ve
     if count == 0 {
         return Ok(Vec::new());
     }
-    if offset >= file.driver.len() {
+    if offset >= file.len() {
         return Err(io::Error::new(
             io::ErrorKind::InvalidData,
             format!("{what} lies beyond the end of the file"),
@@ -243,7 +245,9 @@ impl Meta {
         let overlap = |k: u64| {
             Err(io::Error::new(
                 io::ErrorKind::InvalidData,
-                format!("qcow2: Image is corrupt: metadata overlap at cluster {k:#x}; cannot be opened read/write"),
+                format!(
+                    "qcow2: Image is corrupt: metadata overlap at cluster {k:#x}; cannot be opened read/write"
+                ),
             ))
         };
         let bits = self.geo.cluster_bits;

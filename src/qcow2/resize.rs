@@ -57,13 +57,13 @@ impl Qcow2 {
         self.judge(result)?;
         if let Some(edge) = &self.data_file {
             let data = self.node(edge)?;
-            if data.driver.len() < len {
-                data.driver.resize(len)?;
+            if data.len() < len {
+                data.resize(len)?;
             }
         }
         // Only what is there already can show: clusters of an unfinished shrink, the last
         // cluster's rest, the backing file.
-        let backing = self.backing.node().map_or(0, |n| n.driver.len());
+        let backing = self.backing.node().map_or(0, |n| n.len());
         let mut pos = old;
         while pos < len {
             let step = (len - pos).min(1 << 30);
@@ -102,7 +102,7 @@ impl Qcow2 {
             }
         }
         if let Some(edge) = &self.data_file {
-            self.node(edge)?.driver.resize(len)?;
+            self.node(edge)?.resize(len)?;
         }
         Ok(())
     }

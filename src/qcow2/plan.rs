@@ -1,0 +1,60 @@
+//! `blockdev-add`'s options of driver `qcow2`, able to open it.
+//!
+//! Owns: in which order an image, its backing file and its data file are opened. Never: decides
+//! what an image may name ([`Opening`] does). Threads: the control thread. Locks: none.
+
+use super::open::{self, Options};
+use crate::block::driver::{Driver, Perm};
+use crate::block::open::{Backing, Child, Open, Opening};
+use crate::block::perm;
+use crate::error::{Error, Result, strerror};
+
+/// The driver `qcow2`, with its options.
+pub struct Qcow2Plan {
+    /// What has the image's bytes.
+    pub file: Child,
+    /// Where the backing file comes from.
+    pub backing: Backing,
+    /// The external data file; absent: the one that the image names.
+    pub data_file: Option<Child>,
+    /// Everything else; `read_only` is set from the node's.
+    pub options: Options,
+}
+
+impl Qcow2Plan {
+    /// With default options, on `file`.
+    pub fn new(file: Child) -> Qcow2Plan {
+        Qcow2Plan { file, backing: Backing::FromImage, data_file: None, options: Options::default() }
+    }
+}
+
+impl Open for Qcow2Plan {
+    fn name(&self) -> &'static str {
+        "qcow2"
+    }
+
+    fn open(self: Box<Self>, cx: &mut Opening) -> Result<Box<dyn Driver>> {
+        let file = cx.file(self.file)?;
+        let node = file.need()?;
+        // A file that turned out to be readable only makes the image so.
+        if node.read_only() && cx.options.auto_read_only {
+            cx.options.read_only = true;
+        }
+        let says = |e: std::io::Error| Error::new(strerror(&e));
+        let header = open::read_header(&node).map_err(says)?;
+        let data_file = match (header.needs_data_file(), self.data_file, &header.data_file) {
+            (true, Some(child), _) => Some(child),
+            (true, None, Some(name)) => Some(cx.named(&file, name)?),
+            (true, None, None) => None,
+            (false, child, _) => child,
+        };
+        let data_file = match data_file {
+            Some(child) => Some(cx.child("data-file", child, perm::for_data((Perm::NONE, Perm::ALL)))?),
+            None => None,
+        };
+        let named = header.backing_file.as_deref().map(|n| (n, header.backing_format.as_deref()));
+        let backing = cx.backing(self.backing, &file, named)?;
+        let options = Options { read_only: cx.options.read_only, ..self.options };
+        Ok(Box::new(open::open(file, backing, data_file, options).map_err(says)?))
+    }
+}

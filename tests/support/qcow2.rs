@@ -1,0 +1,243 @@
+//! What the qcow2 tests share: a disk in memory, a random source, qemu-img, opening images.
+
+#![allow(dead_code)]
+
+use minivmm::block::driver::{Driver, Flags};
+use minivmm::block::node::{Edge, Node, NodeOptions};
+use minivmm::qcow2::open::Options;
+use minivmm::qcow2::{Qcow2, create, open};
+use minivmm::sys::iov::{Iov, IovMut};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+/// xorshift64*.
+pub struct Rng(pub u64);
+
+impl Rng {
+    pub fn new(seed: u64) -> Rng {
+        Rng(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    pub fn draw(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    pub fn below(&mut self, n: u64) -> u64 {
+        self.draw() % n
+    }
+
+    pub fn one_in(&mut self, n: u64) -> bool {
+        self.below(n) == 0
+    }
+}
+
+/// What was done to a disk, in order.
+#[derive(Clone, Debug)]
+pub enum Op {
+    Write(u64, Vec<u8>),
+    Resize(u64),
+    Sync,
+}
+
+/// A file in memory; keeps a log of changes if asked to.
+#[derive(Default)]
+pub struct Disk {
+    pub bytes: Mutex<Vec<u8>>,
+    pub log: Mutex<Option<Vec<Op>>>,
+    pub syncs: AtomicU64,
+    pub writes: AtomicU64,
+    /// The n-th change from now fails with EIO, and all after it (0: none does).
+    pub fail_after: AtomicU64,
+}
+
+impl Disk {
+    pub fn new(bytes: Vec<u8>) -> Arc<Disk> {
+        Arc::new(Disk { bytes: Mutex::new(bytes), ..Disk::default() })
+    }
+
+    fn note(&self, op: impl FnOnce() -> Op) -> io::Result<()> {
+        match self.fail_after.load(Ordering::SeqCst) {
+            0 => {}
+            1 => return Err(io::Error::from_raw_os_error(libc::EIO)),
+            _ => {
+                self.fail_after.fetch_sub(1, Ordering::SeqCst);
+            }
+        }
+        if let Some(log) = &mut *self.log.lock().unwrap() {
+            log.push(op());
+        }
+        Ok(())
+    }
+}
+
+/// The disk as a driver. A handle: the test keeps another.
+pub struct OnDisk(pub Arc<Disk>);
+
+impl Driver for OnDisk {
+    fn name(&self) -> &'static str {
+        "mem"
+    }
+    fn len(&self) -> u64 {
+        self.0.bytes.lock().unwrap().len() as u64
+    }
+    fn grows(&self) -> bool {
+        true
+    }
+    fn read(&self, off: u64, to: &mut IovMut) -> io::Result<()> {
+        let bytes = self.0.bytes.lock().unwrap();
+        let n = to.len().min(bytes.len() - off as usize);
+        to.copy_from(0, &bytes[off as usize..off as usize + n]);
+        to.fill(n, to.len() - n, 0);
+        Ok(())
+    }
+    fn write(&self, off: u64, from: &Iov, _: Flags) -> io::Result<()> {
+        let data = from.to_vec();
+        self.0.writes.fetch_add(1, Ordering::Relaxed);
+        // The lock on the bytes orders the log, too.
+        let mut bytes = self.0.bytes.lock().unwrap();
+        self.0.note(|| Op::Write(off, data.clone()))?;
+        let end = off as usize + data.len();
+        if end > bytes.len() {
+            bytes.resize(end, 0);
+        }
+        bytes[off as usize..end].copy_from_slice(&data);
+        Ok(())
+    }
+    fn zero(&self, off: u64, len: u64, _: Flags) -> io::Result<()> {
+        let zeroes = vec![0; len as usize];
+        self.write(off, &Iov::from_slice(&zeroes), Flags::NONE)
+    }
+    fn discard(&self, off: u64, len: u64) -> io::Result<()> {
+        // Whoever reads what was discarded is to notice.
+        let junk = vec![0xdd; len as usize];
+        self.write(off, &Iov::from_slice(&junk), Flags::NONE)
+    }
+    fn flush(&self) -> io::Result<()> {
+        let _bytes = self.0.bytes.lock().unwrap();
+        self.0.syncs.fetch_add(1, Ordering::Relaxed);
+        self.0.note(|| Op::Sync)
+    }
+    fn resize(&self, len: u64) -> io::Result<()> {
+        let mut bytes = self.0.bytes.lock().unwrap();
+        self.0.note(|| Op::Resize(len))?;
+        bytes.resize(len as usize, 0);
+        Ok(())
+    }
+}
+
+pub fn node(disk: &Arc<Disk>) -> Arc<Node> {
+    let options = NodeOptions { unmap: true, ..NodeOptions::default() };
+    Node::new("file", Box::new(OnDisk(disk.clone())), options)
+}
+
+pub fn edge(role: &str, node: Arc<Node>) -> Arc<Edge> {
+    Edge::new(role, Some(node))
+}
+
+/// A new image with these options.
+pub fn fresh(options: &create::CreateOptions) -> Arc<Disk> {
+    let disk = Disk::new(Vec::new());
+    create::create(&node(&disk), options).expect("create");
+    disk
+}
+
+/// Opens the image on `disk`; with a backing node if one is given.
+pub fn open_image(disk: &Arc<Disk>, backing: Option<Arc<Node>>, options: Options) -> io::Result<Qcow2> {
+    open::open(edge("file", node(disk)), Edge::new("backing", backing), None, options)
+}
+
+pub fn read(image: &dyn Driver, off: u64, len: usize) -> io::Result<Vec<u8>> {
+    let mut buf = vec![0xaa; len];
+    image.read(off, &mut IovMut::from_slice(&mut buf))?;
+    Ok(buf)
+}
+
+pub fn write(image: &dyn Driver, off: u64, data: &[u8]) -> io::Result<()> {
+    image.write(off, &Iov::from_slice(data), Flags::NONE)
+}
+
+/// A directory of this test's own, removed at the end.
+pub struct Dir(pub PathBuf);
+
+impl Dir {
+    pub fn new(name: &str) -> Dir {
+        static COUNT: AtomicU64 = AtomicU64::new(0);
+        let n = COUNT.fetch_add(1, Ordering::Relaxed);
+        let path = std::env::temp_dir().join(format!("minivmm-{name}-{}-{n}", std::process::id()));
+        std::fs::create_dir_all(&path).expect("temporary directory");
+        Dir(path)
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+
+    pub fn save(&self, name: &str, disk: &Disk) -> PathBuf {
+        let path = self.path(name);
+        std::fs::write(&path, &*disk.bytes.lock().unwrap()).expect("write image");
+        path
+    }
+}
+
+impl Drop for Dir {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// True when qemu-img is here; else says so (and fails under CI=true).
+pub fn have_qemu() -> bool {
+    let found = Command::new("qemu-img").arg("--version").output().is_ok_and(|o| o.status.success());
+    if !found {
+        assert!(
+            std::env::var("CI").as_deref() != Ok("true"),
+            "qemu-img is missing: apt-get install qemu-utils"
+        );
+        eprintln!("skipped: qemu-img is missing (apt-get install qemu-utils)");
+    }
+    found
+}
+
+/// Runs a QEMU tool; answers its exit code and all it said.
+pub fn tool(program: &str, args: &[&str]) -> (i32, String) {
+    let out = Command::new(program).args(args).output().expect(program);
+    let text = String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr);
+    (out.status.code().unwrap_or(-1), text)
+}
+
+/// Runs a QEMU tool that must succeed.
+pub fn qemu(program: &str, args: &[&str]) -> String {
+    let (code, text) = tool(program, args);
+    assert_eq!(code, 0, "{program} {args:?}: {text}");
+    text
+}
+
+/// `qemu-img check`: no error; leaks only if allowed.
+pub fn qemu_check(path: &Path, leaks: bool) {
+    let (code, text) = tool("qemu-img", &["check", "-f", "qcow2", path.to_str().unwrap()]);
+    assert!(code == 0 || (leaks && code == 3), "qemu-img check of {path:?}: {code}: {text}");
+}
+
+/// What qemu-img reads from the image.
+pub fn qemu_read(dir: &Dir, path: &Path) -> Vec<u8> {
+    let raw = dir.path("qemu-read.raw");
+    qemu("qemu-img", &["convert", "-f", "qcow2", "-O", "raw", path.to_str().unwrap(), raw.to_str().unwrap()]);
+    std::fs::read(raw).expect("converted image")
+}
+
+/// The seed of this run, and how long it may take: `SEED` and `SOAK` (seconds) in the environment.
+pub fn seed_and_time(short: Duration) -> (u64, Instant) {
+    let number = |name: &str| std::env::var(name).ok().and_then(|v| v.parse::<u64>().ok());
+    let clock = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+    let seed = number("SEED").unwrap_or(clock.as_nanos() as u64 & 0xffff_ffff);
+    let time = number("SOAK").map_or(short, Duration::from_secs);
+    eprintln!("SEED={seed}");
+    (seed, Instant::now() + time)
+}
