@@ -15,6 +15,10 @@
 //! qapi/       sys/        error.rs    event.rs
 //! ```
 
+// The kit that unit tests share with the tests under `tests/` says `minivmm::`.
+#[cfg(test)]
+extern crate self as minivmm;
+
 pub mod args;
 pub mod block;
 pub mod chardev;

@@ -1,53 +1,18 @@
 use super::*;
 use crate::net::netdev::{MAX_FRAME, VNET_HDR};
-use crate::sys::iov::{Iov, IovMut};
-use crate::sys::tun;
+use crate::virtio::testing::kit::wire::Wire;
 use crate::virtio::testing::{LOW, Rig, until};
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixDatagram;
-use std::sync::Mutex;
 use std::time::Duration;
 
 const RX: usize = 0;
 const TX: usize = 1;
 
-/// A backend whose other end is in the test: a pair of sockets.
-struct Wire {
-    socket: UnixDatagram,
-    can: Offload,
-    set: Mutex<Vec<Offload>>,
-}
-
-impl Netdev for Wire {
-    fn fd(&self) -> RawFd {
-        self.socket.as_raw_fd()
-    }
-    fn offloads(&self) -> Offload {
-        self.can
-    }
-    fn set_offload(&self, what: Offload) -> io::Result<()> {
-        self.set.lock().unwrap().push(what);
-        Ok(())
-    }
-    fn recv(&self, to: &mut IovMut) -> io::Result<usize> {
-        tun::read_frame(self.socket.as_fd(), to)
-    }
-    fn send(&self, from: &Iov) -> io::Result<()> {
-        tun::write_frame(self.socket.as_fd(), from).map(|_| ())
-    }
-    fn info(&self) -> String {
-        "type=wire".into()
-    }
-}
-
 const EVERYTHING: Offload = Offload(Offload::CSUM.0 | Offload::TSO4.0 | Offload::TSO6.0 | Offload::TSO_ECN.0);
 
 fn card(config: NetConfig, can: Offload) -> (Arc<Net>, Arc<Wire>, UnixDatagram) {
-    let (ours, theirs) = UnixDatagram::pair().unwrap();
-    ours.set_nonblocking(true).unwrap();
-    theirs.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
-    theirs.set_write_timeout(Some(Duration::from_secs(10))).unwrap();
-    let wire = Arc::new(Wire { socket: ours, can, set: Mutex::default() });
+    let (wire, theirs) = Wire::new(can);
     (Net::new(config, wire.clone()).unwrap(), wire, theirs)
 }
 
