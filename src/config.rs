@@ -127,22 +127,50 @@ pub struct Table {
 }
 
 impl Table {
-    /// The fault that an error of the command is, placed at the argument that it names.
+    /// The fault that an error of the command is, placed at the argument that it names, or whose
+    /// value it quotes.
     pub fn fault(&self, error: &str) -> Fault {
         let header = self.kind.header();
-        for prefix in ["Parameter '", "Property '", "Invalid parameter '"] {
-            let Some((name, rest)) = error.strip_prefix(prefix).and_then(|r| r.split_once('\'')) else {
-                continue;
-            };
-            let text = format!("{header} '{name}'{rest}");
-            return Fault::new(self.item.place_of(name), text);
+        let (name, text) = named(error);
+        // A device's properties are named with its model: 'virtio-blk-pci.drive'.
+        let driver = self.arguments.get("driver").and_then(Value::as_str).unwrap_or("");
+        let strip = |n| str::strip_prefix(n, driver).and_then(|n| n.strip_prefix('.')).unwrap_or(n);
+        let mut at = name.map_or(&self.item.at, |name| self.item.place_of(strip(name)));
+        if *at == self.item.at {
+            let mut best = 0;
+            quoted(&self.item, error, &mut best, &mut at);
         }
-        if let Some((name, want)) =
-            error.strip_prefix("Invalid parameter type for '").and_then(|r| r.split_once("', expected: "))
-        {
-            return Fault::new(self.item.place_of(name), format!("{header} '{name}' must be of type {want}"));
+        Fault::new(at, format!("{header} {text}"))
+    }
+}
+
+/// The argument that an error of QMP's kind is about, and the error in our words.
+fn named(error: &str) -> (Option<&str>, String) {
+    for prefix in ["Parameter '", "Property '", "Invalid parameter '"] {
+        if let Some((name, rest)) = error.strip_prefix(prefix).and_then(|r| r.split_once('\'')) {
+            return (Some(name), format!("'{name}'{rest}"));
         }
-        Fault::new(&self.item.at, format!("{header} {error}"))
+    }
+    let types =
+        error.strip_prefix("Invalid parameter type for '").and_then(|r| r.split_once("', expected: "));
+    match types {
+        Some((name, want)) => (Some(name), format!("'{name}' must be of type {want}")),
+        None => (None, error.to_string()),
+    }
+}
+
+/// Finds the member with the longest string that `error` quotes (as it is, or as the end of a path).
+fn quoted<'a>(item: &'a Item, error: &str, best: &mut usize, at: &mut &'a Place) {
+    let Node::Table(members) = &item.node else { return };
+    for m in members {
+        match &m.item.node {
+            Node::Str(s) if s.len() > *best => {
+                if [format!("'{s}'"), format!("/{s}'")].iter().any(|q| error.contains(q)) {
+                    (*best, *at) = (s.len(), &m.at);
+                }
+            }
+            _ => quoted(&m.item, error, best, at),
+        }
     }
 }
 
