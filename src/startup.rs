@@ -6,7 +6,7 @@
 //! running VM does. Threads: main. Locks: none.
 
 use crate::chardev::{chardev::Chardev, console, file};
-use crate::config::{Boot, Config, Kind, QmpEnd, SerialEnd, Table};
+use crate::config::{Boot, Config, Kind, QmpEnd, Serial, SerialEnd, Table};
 use crate::config_tree::Fault;
 use crate::control::board::Board;
 use crate::control::event_loop::{self, Source, TERMINATION};
@@ -25,6 +25,7 @@ use crate::wire_struct;
 use serde_json::Value;
 use std::io;
 use std::os::fd::RawFd;
+use std::path::Path as FilePath;
 use std::sync::Arc;
 
 /// Looks at everything that `config` names, without changing anything. /dev/kvm is not needed.
@@ -77,6 +78,9 @@ fn build(config: &Config, check: bool) -> Result<Built, Fault> {
         if let Some(last) = config.serial.last() {
             let fault = |e: Error| Fault::new(&last.at, format!("[[serial]] {e}"));
             Board::announce_serial(machine, config.serial.len()).map_err(fault)?;
+        }
+        for serial in &config.serial {
+            writable(serial)?;
         }
         if let Some(boot) = &config.boot {
             load(machine, boot)?;
@@ -177,9 +181,21 @@ impl Netdev for Unplugged {
     }
 }
 
-/// Opens what leaves a trace: files for output, the terminal, sockets.
+/// Opens what leaves a trace: sockets first, which take their files away when anything fails after
+/// them; then files for output, and the terminal.
 fn open_ends(config: &Config, built: &mut Built) -> Result<Vec<Box<dyn Source>>, Fault> {
     let Built { vm, inherited } = built;
+    let mut server = Server::new();
+    for qmp in &config.qmp {
+        let pretty = qmp.pretty;
+        let (name, result) = match &qmp.end {
+            QmpEnd::Socket(path) => (format!("'socket' {}", path.display()), server.listen(path, pretty)),
+            QmpEnd::Tcp(address) => (format!("'tcp' {address}"), server.listen_tcp(address, pretty)),
+            QmpEnd::Fd(n) => (format!("'fd' {n}"), inherited.get(*n).and_then(|fd| server.adopt(fd, pretty))),
+            QmpEnd::Stdio => ("'stdio'".to_string(), server.stdio(pretty)),
+        };
+        result.map_err(|e| Fault::new(&qmp.at, format!("[[qmp]] {name}: {}", strerror(&e))))?;
+    }
     for (n, serial) in config.serial.iter().enumerate() {
         let label = format!("serial{n}");
         let fault = |text: String| Fault::new(&serial.at, format!("[[serial]] {text}"));
@@ -192,18 +208,19 @@ fn open_ends(config: &Config, built: &mut Built) -> Result<Vec<Box<dyn Source>>,
             board.add_serial(machine, chardev).map_err(|e| fault(e.desc))?;
         }
     }
-    let mut server = Server::new();
-    for qmp in &config.qmp {
-        let pretty = qmp.pretty;
-        let (name, result) = match &qmp.end {
-            QmpEnd::Socket(path) => (format!("'socket' {}", path.display()), server.listen(path, pretty)),
-            QmpEnd::Tcp(address) => (format!("'tcp' {address}"), server.listen_tcp(address, pretty)),
-            QmpEnd::Fd(n) => (format!("'fd' {n}"), inherited.get(*n).and_then(|fd| server.adopt(fd, pretty))),
-            QmpEnd::Stdio => ("'stdio'".to_string(), server.stdio(pretty)),
-        };
-        result.map_err(|e| Fault::new(&qmp.at, format!("[[qmp]] {name}: {}", strerror(&e))))?;
-    }
     Ok(vec![Box::new(server)])
+}
+
+/// Could the port's file be made? Not certain before it is, but the usual mistakes are found.
+fn writable(serial: &Serial) -> Result<(), Fault> {
+    let SerialEnd::File(path) = &serial.end else { return Ok(()) };
+    let fault = |e: &str| Fault::new(&serial.at, format!("[[serial]] 'file' {}: {e}", path.display()));
+    let dir = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(FilePath::new("."));
+    match (std::fs::metadata(dir), std::fs::metadata(path)) {
+        (Err(e), _) => Err(fault(&strerror(&e))),
+        (_, Ok(m)) if m.is_dir() => Err(fault("Is a directory")),
+        _ => Ok(()),
+    }
 }
 
 fn load(machine: &mut Machine, boot: &Boot) -> Result<(), Fault> {

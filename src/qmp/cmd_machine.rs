@@ -5,7 +5,7 @@
 
 use super::schema::Cx;
 use crate::control::state::RunState;
-use crate::control::vm::Cause;
+use crate::control::vm::{Cause, RebootAction, ShutdownAction};
 use crate::error::Result;
 use crate::machine::{Accel, CpuInfo};
 use crate::{bail, commands, wire_enum, wire_struct};
@@ -44,6 +44,17 @@ commands! {
 
     /// Presses the power button; what comes of it is the guest's affair. Event `POWERDOWN`.
     "system_powerdown" => system_powerdown {} -> ();
+
+    /// Wakes a guest that has suspended itself; ours cannot.
+    "system_wakeup" => system_wakeup {} -> ();
+
+    /// Changes what a guest's reset and shutdown lead to.
+    "set-action" => set_action {
+        /// A reset, or a shutdown.
+        reboot: Option<RebootAction>,
+        /// The end of the process, or a pause in run state `shutdown`.
+        shutdown: Option<ShutdownAction>,
+    } -> ();
 
     /// The processors, with their program counters: it interrupts them for a moment. (Until QEMU
     /// 5.2; `query-cpus-fast` does not interrupt.)
@@ -98,6 +109,24 @@ wire_struct! {
     pub struct TargetInfo {
         /// The processors'.
         arch: SysEmuTarget,
+    }
+}
+
+wire_enum! {
+    impl RebootAction {
+        /// The machine is reset.
+        "reset" Reset,
+        /// As if the guest had switched itself off.
+        "shutdown" Shutdown,
+    }
+}
+
+wire_enum! {
+    impl ShutdownAction {
+        /// The process ends.
+        "poweroff" Poweroff,
+        /// The VM stops in run state `shutdown`.
+        "pause" Pause,
     }
 }
 
@@ -230,6 +259,17 @@ fn system_reset(cx: &mut Cx) -> Result<()> {
 
 fn system_powerdown(cx: &mut Cx) -> Result<()> {
     cx.vm.powerdown();
+    Ok(())
+}
+
+fn system_wakeup(_: &mut Cx) -> Result<()> {
+    bail!("Unable to wake up: guest is not in suspended state");
+}
+
+fn set_action(cx: &mut Cx, reboot: Option<RebootAction>, shutdown: Option<ShutdownAction>) -> Result<()> {
+    let settings = &mut cx.vm.settings;
+    settings.reboot = reboot.unwrap_or(settings.reboot);
+    settings.shutdown = shutdown.unwrap_or(settings.shutdown);
     Ok(())
 }
 

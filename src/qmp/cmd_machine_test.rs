@@ -61,6 +61,14 @@ fn run_states_and_events_are_qemus() {
     c.ask("cont", json!({}));
     c.ask("system_reset", json!({}));
     assert_eq!((c.status(), c.events()), ("running".into(), vec!["RESUME", "RESET"]));
+    c.ask("set-action", json!({"shutdown": "pause", "reboot": "shutdown"}));
+    c.vm.handle(Event::Reset);
+    assert_eq!((c.status(), c.events()), ("shutdown".into(), vec!["SHUTDOWN", "STOP"]));
+    c.ask("set-action", json!({"reboot": "reset"}));
+    c.ask("system_reset", json!({}));
+    c.ask("cont", json!({}));
+    c.vm.handle(Event::Reset);
+    assert_eq!((c.status(), c.events()), ("running".into(), vec!["RESET", "RESUME", "RESET"]));
     c.vm.attended = true;
     c.vm.handle(Event::VcpuFailed { cpu: 0, why: "test".into() });
     assert_eq!(c.status(), "internal-error");
