@@ -174,14 +174,19 @@ fn install() {
 extern "C" fn on_fatal(signal: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
     restore();
     let Some(n) = FATAL.iter().position(|&s| s == signal) else { return };
+    let fault = matches!(signal, libc::SIGSEGV | libc::SIGBUS | libc::SIGILL | libc::SIGFPE);
     // SAFETY: the entry was written before this handler was installed for `signal`; `info` is the
     // kernel's. All calls are async-signal-safe.
     unsafe {
-        libc::sigaction(signal, (*SAVED.actions.get())[n].as_ptr(), std::ptr::null_mut());
+        let sent = (*info).si_code <= 0;
+        let mut next: libc::sigaction = (*SAVED.actions.get())[n].assume_init();
+        if fault && sent {
+            // Rust's own handler expects the fault to come again, and would go on.
+            next.sa_sigaction = libc::SIG_DFL;
+        }
+        libc::sigaction(signal, &next, std::ptr::null_mut());
         // A fault comes again by itself when we return; what was sent must be sent again.
-        if (*info).si_code <= 0
-            || !matches!(signal, libc::SIGSEGV | libc::SIGBUS | libc::SIGILL | libc::SIGFPE)
-        {
+        if sent || !fault {
             libc::raise(signal);
         }
     }
