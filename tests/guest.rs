@@ -1,5 +1,6 @@
 //! The tiny guest in the real binary on /dev/kvm: every device at a fixed place, the console, ways out.
 
+#[path = "kit/process.rs"]
 mod kit;
 
 use kit::{Dir, MINIVMM, Vm, fixtures, guest, have, have_kvm, run};
