@@ -1,1 +1,214 @@
+use super::*;
+use crate::block::graph::Graph;
+use crate::block::handle::HandleSpec;
+use crate::block::node::Node;
+use crate::block::open::{self, Common, Plan};
+use crate::block::testing::{NoEnv, Rng, Scratch};
+use std::os::unix::fs::PermissionsExt;
+use std::sync::Arc;
 
+fn open_with(graph: &mut Graph, path: &str, common: Common) -> crate::error::Result<Arc<Node>> {
+    let plan = Plan { common, driver: Box::new(FilePlan::new("file", path)) };
+    let node = open::open(graph, &NoEnv, plan)?;
+    graph.own(&node);
+    Ok(node)
+}
+
+fn node(graph: &mut Graph, path: &str) -> Arc<Node> {
+    open_with(graph, path, Common { unmap: Some(true), ..Common::default() }).unwrap()
+}
+
+fn write(node: &Node, off: u64, data: &[u8]) {
+    node.write(off, &Iov::from_slice(data), Flags::NONE).unwrap();
+}
+
+fn read(node: &Node, off: u64, len: usize) -> Vec<u8> {
+    let mut v = vec![0xEE; len];
+    node.read(off, &mut IovMut::from_slice(&mut v)).unwrap();
+    v
+}
+
+fn access_mode(node: &Node) -> i32 {
+    let path = node.driver.filename();
+    let fds = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
+    let data: Vec<_> = fds
+        .filter(|e| std::fs::read_link(e.path()).is_ok_and(|p| p.to_str() == Some(&path)))
+        .map(|e| {
+            let info = format!("/proc/self/fdinfo/{}", e.file_name().to_str().unwrap());
+            let text = std::fs::read_to_string(info).unwrap();
+            let flags = text.lines().find_map(|l| l.strip_prefix("flags:")).unwrap();
+            i32::from_str_radix(flags.trim(), 8).unwrap() & libc::O_ACCMODE
+        })
+        .collect();
+    data.into_iter().max().unwrap()
+}
+
+#[test]
+fn what_is_written_is_in_the_file() {
+    let dir = Scratch::new("file-rw");
+    let path = dir.file("a", 1000);
+    let mut graph = Graph::new();
+    let n = node(&mut graph, &path);
+    assert_eq!((n.len(), n.driver.grows()), (1000, true));
+    write(&n, 990, b"hello, world");
+    assert_eq!(n.len(), 1002, "it grows");
+    assert_eq!(&std::fs::read(&path).unwrap()[990..], b"hello, world");
+    assert_eq!(read(&n, 995, 20), b", world\0\0\0\0\0\0\0\0\0\0\0\0\0");
+    n.zero(2000, 96, Flags::NONE).unwrap();
+    assert_eq!((n.len(), std::fs::metadata(&path).unwrap().len()), (2096, 2096));
+    n.zero(990, 5, Flags::MAY_UNMAP).unwrap();
+    assert_eq!(read(&n, 990, 12), b"\0\0\0\0\0, world");
+    n.flush().unwrap();
+    n.resize(500).unwrap();
+    assert_eq!(std::fs::metadata(&path).unwrap().len(), 500);
+}
+
+#[test]
+fn lists_longer_than_the_kernel_takes() {
+    let dir = Scratch::new("file-iov");
+    let path = dir.file("a", 0);
+    let mut graph = Graph::new();
+    let n = node(&mut graph, &path);
+    let data: Vec<u8> = (0..5000u32).map(|i| i as u8).collect();
+    let mut from = Iov::new();
+    for piece in data.chunks(2) {
+        // SAFETY: data outlives the list.
+        unsafe { from.push_raw(piece.as_ptr().cast_mut(), piece.len()) };
+    }
+    assert!(from.iovecs().len() > 2 * 1024);
+    n.write(7, &from, Flags::NONE).unwrap();
+    assert_eq!(read(&n, 7, 5000), data);
+    let mut back = vec![0u8; 5000];
+    let mut to = IovMut::new();
+    for piece in back.chunks_mut(3) {
+        // SAFETY: back outlives the list and is not touched meanwhile.
+        unsafe { to.push_raw(piece.as_mut_ptr(), piece.len()) };
+    }
+    n.read(7, &mut to).unwrap();
+    assert_eq!(back, data);
+}
+
+#[test]
+fn holes_are_made_and_found() {
+    let dir = Scratch::new("file-holes");
+    let path = dir.file("a", 1 << 20);
+    let mut graph = Graph::new();
+    let n = node(&mut graph, &path);
+    write(&n, 256 << 10, &vec![1; 256 << 10]);
+    n.flush().unwrap();
+    let at = |off: u64| {
+        let e = n.status(off, (1 << 20) - off).unwrap();
+        (e.kind, e.len, e.host_offset)
+    };
+    assert_eq!(at(0), (ExtentKind::Zero, 256 << 10, Some(0)));
+    assert_eq!(at(300 << 10), (ExtentKind::Data, 212 << 10, Some(300 << 10)));
+    assert_eq!(at(512 << 10), (ExtentKind::Zero, 512 << 10, Some(512 << 10)));
+    let before = n.driver.info().actual_size.unwrap();
+    n.discard(256 << 10, 128 << 10).unwrap();
+    assert!(n.driver.info().actual_size.unwrap() < before, "the space is given back");
+    assert_eq!(at(0).1, 384 << 10);
+    assert!(read(&n, 256 << 10, 4096).iter().all(|&b| b == 0));
+    let stats = n.driver.stats().unwrap();
+    assert_eq!((&stats["discard-nb-ok"], &stats["discard-bytes-ok"]), (&json!(1), &json!(131072)));
+}
+
+#[test]
+fn without_the_page_cache_any_alignment_will_do() {
+    let dir = Scratch::new("file-direct");
+    // A length that is no multiple of any block.
+    let path = dir.file("a", 100_001);
+    let mut graph = Graph::new();
+    let direct = Common { direct: Some(true), ..Common::default() };
+    let n = match open_with(&mut graph, &path, direct) {
+        Ok(n) => n,
+        Err(e) => {
+            assert!(e.desc.ends_with("filesystem does not support O_DIRECT"), "{e}");
+            eprintln!("skipped: {e}");
+            return;
+        }
+    };
+    assert!(n.limits().request_alignment >= 512 && n.limits().memory_alignment >= 4);
+    let mut model = vec![0u8; 100_001];
+    let mut rng = Rng(7);
+    for _ in 0..150 {
+        let off = rng.below(100_001) as usize;
+        let len = (rng.below(9000) as usize).min(100_001 - off);
+        if rng.below(3) > 0 {
+            let data: Vec<u8> = (0..len).map(|_| rng.draw() as u8).collect();
+            write(&n, off as u64, &data);
+            model[off..off + len].copy_from_slice(&data);
+        } else {
+            assert!(read(&n, off as u64, len) == model[off..off + len]);
+        }
+    }
+    assert!(read(&n, 0, 100_001) == model);
+}
+
+#[test]
+fn auto_read_only_writes_only_when_somebody_does() {
+    let dir = Scratch::new("file-auto");
+    let path = dir.file("a", 4096);
+    let mut graph = Graph::new();
+    let auto = Common { auto_read_only: Some(true), ..Common::default() };
+    let n = open_with(&mut graph, &path, auto).unwrap();
+    assert!(!n.read_only());
+    assert_eq!(access_mode(&n), libc::O_RDONLY);
+    let disk = graph.attach(Some(n.clone()), HandleSpec::default()).unwrap();
+    assert_eq!(access_mode(&n), libc::O_RDWR);
+    disk.write(0, &Iov::from_slice(b"abc"), Flags::NONE).unwrap();
+    graph.detach(&disk);
+    assert_eq!(access_mode(&n), libc::O_RDONLY);
+    assert_eq!(read(&n, 0, 3), b"abc");
+}
+
+#[test]
+fn auto_read_only_where_nobody_may_write() {
+    let dir = Scratch::new("file-auto-ro");
+    let path = dir.file("a", 4096);
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o444)).unwrap();
+    if std::fs::File::options().write(true).open(&path).is_ok() {
+        eprintln!("skipped: root may write everywhere");
+        return;
+    }
+    let mut graph = Graph::new();
+    let e = open_with(&mut graph, &path, Common::default()).err().unwrap();
+    assert_eq!(e.desc, format!("Could not open '{path}': Permission denied"));
+    let auto = Common { auto_read_only: Some(true), ..Common::default() };
+    assert!(open_with(&mut graph, &path, auto).unwrap().read_only());
+}
+
+#[test]
+fn a_full_file_system_is_enospc_and_leaves_the_length_right() {
+    // RLIMIT_FSIZE would do it with a signal; /dev/full is no regular file: drive the loop itself.
+    let data = [1u8; 100];
+    let iov = Iov::from_slice(&data);
+    let mut calls = 0;
+    let done = all_of(&iov, |vec, at| {
+        calls += 1;
+        assert_eq!(at + vec.iter().map(|v| v.iov_len as u64).sum::<u64>(), 100);
+        [30, 50, 0][calls - 1]
+    });
+    assert_eq!((done.unwrap(), calls), (80, 3), "short writes go on until nothing is written");
+}
+
+#[test]
+fn fds_do_not_leak() {
+    let dir = Scratch::new("file-leak");
+    let path = dir.file("a", 4096);
+    let count = || {
+        let fds = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
+        fds.filter(|e| std::fs::read_link(e.path()).is_ok_and(|p| p.to_str() == Some(&path))).count()
+    };
+    let mut graph = Graph::new();
+    for _ in 0..50 {
+        let node = open_with(&mut graph, &path, Common::default()).unwrap();
+        let name = node.name.clone();
+        assert_eq!(count(), 2, "one for data, one for locks");
+        drop(node);
+        graph.delete(&name).unwrap();
+        let bad =
+            Common { detect_zeroes: Some(crate::block::node::DetectZeroes::Unmap), ..Common::default() };
+        assert!(open_with(&mut graph, &path, bad).is_err());
+    }
+    assert_eq!(count(), 0);
+}

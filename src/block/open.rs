@@ -18,7 +18,6 @@ use super::perm;
 use crate::bail;
 use crate::error::{Error, Result};
 use std::os::fd::OwnedFd;
-use std::path::Path;
 use std::sync::Arc;
 
 /// The longest chain of backing files that is opened.
@@ -249,22 +248,25 @@ impl Opening<'_> {
                 open_node(self.graph, self.env, *plan, chain)?
             }
         };
+        if let Some(id) = node.driver.file_id()
+            && role == "file"
+            && self.chain.contains(&id)
+        {
+            bail!("the chain of backing files is a loop");
+        }
         let shares = if self.options.force_share { Perm::ALL } else { perm.1 };
         let edge = Edge::new(role, Some(node));
         self.graph.hold(&self.name, &edge, (perm.0, shares))?;
         Ok(edge)
     }
 
-    /// The `file` child of a format: it holds the metadata, and is locked from here on.
+    /// The `file` child of a format: it holds the metadata, and is locked from here on. The
+    /// driver's `wants` for it is [`for_metadata`](perm::for_metadata) with the same
+    /// `writable`, which is `!cx.options.read_only` at this moment.
     pub fn file(&mut self, child: Child) -> Result<Arc<Edge>> {
         let perm = perm::for_metadata((Perm::NONE, Perm::ALL), !self.options.read_only);
         let edge = self.child("file", child, perm)?;
-        if let Some(id) = edge.node().and_then(|n| n.driver.file_id()) {
-            if self.chain.contains(&id) {
-                bail!("the chain of backing files is a loop");
-            }
-            self.chain.push(id);
-        }
+        self.chain.extend(edge.node().and_then(|n| n.driver.file_id()));
         Ok(edge)
     }
 
@@ -355,10 +357,8 @@ pub fn combine(own: &str, name: &str) -> String {
     if name.starts_with('/') || protocol_of(name).is_some() {
         return name.to_string();
     }
-    match Path::new(own).parent() {
-        Some(dir) if !dir.as_os_str().is_empty() => format!("{}/{name}", dir.display()),
-        _ => name.to_string(),
-    }
+    let dir = own.rfind('/').map_or("", |slash| &own[..=slash]);
+    format!("{dir}{name}")
 }
 
 #[cfg(test)]

@@ -144,3 +144,71 @@ impl Driver for Mem {
         Ok(())
     }
 }
+
+/// A directory of its own for each test, gone at the end.
+pub struct Scratch(pub std::path::PathBuf);
+
+impl Scratch {
+    /// `name` is the test's; the process's number makes it unique.
+    pub fn new(name: &str) -> Scratch {
+        let path = std::env::temp_dir().join(format!("minivmm-{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&path).unwrap();
+        Scratch(path)
+    }
+
+    /// The path of `name` in it.
+    pub fn path(&self, name: &str) -> String {
+        self.0.join(name).to_str().unwrap().to_string()
+    }
+
+    /// A file of `len` zero bytes; returns its path.
+    pub fn file(&self, name: &str, len: u64) -> String {
+        let path = self.path(name);
+        std::fs::File::create(&path).unwrap().set_len(len).unwrap();
+        path
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// The path of one of QEMU's tools, or `None` after saying so; under CI=true it must be there.
+pub fn qemu(tool: &str) -> Option<String> {
+    let found = std::process::Command::new(tool)
+        .arg("--version")
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .status();
+    if found.is_ok() {
+        return Some(tool.to_string());
+    }
+    assert!(std::env::var("CI").as_deref() != Ok("true"), "{tool} is missing");
+    eprintln!("skipped: {tool} is missing (apt-get install qemu-utils)");
+    None
+}
+
+/// No formats, no fd sets; file names are files.
+pub struct NoEnv;
+
+impl super::open::Env for NoEnv {
+    fn layer(&self, format: &str, file: super::open::Child) -> Option<super::open::Plan> {
+        let driver = Box::new(super::raw::RawPlan { file, offset: None, size: None });
+        (format == "raw").then(|| super::open::Plan { common: Default::default(), driver })
+    }
+    fn parse(&self, _: serde_json::Value) -> crate::error::Result<super::open::Plan> {
+        crate::bail!("no JSON here")
+    }
+    fn protocol(&self, driver: &str, filename: &str) -> Option<super::open::Plan> {
+        let driver = Box::new(super::file::FilePlan::new(
+            if driver == "file" { "file" } else { "host_device" },
+            filename,
+        ));
+        Some(super::open::Plan { common: Default::default(), driver })
+    }
+    fn fdset(&self, path: &str, _: i32) -> crate::error::Result<super::open::PassedFd> {
+        crate::bail!("Failed to find fdset {path}")
+    }
+}

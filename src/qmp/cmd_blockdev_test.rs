@@ -1,36 +1,9 @@
 use super::*;
+use crate::block::testing::Scratch;
 use crate::control::vm::{Settings, Vm};
 use crate::qmp::fds::Conn;
 use crate::qmp::schema;
 use serde_json::{Value, json};
-use std::path::PathBuf;
-
-/// A directory of its own for each test, gone at the end.
-pub(crate) struct Dir(PathBuf);
-
-impl Dir {
-    pub(crate) fn new(name: &str) -> Dir {
-        let path = std::env::temp_dir().join(format!("minivmm-{name}-{}", std::process::id()));
-        std::fs::create_dir_all(&path).unwrap();
-        Dir(path)
-    }
-
-    pub(crate) fn file(&self, name: &str, len: u64) -> String {
-        let path = self.0.join(name);
-        std::fs::File::create(&path).unwrap().set_len(len).unwrap();
-        path.to_str().unwrap().to_string()
-    }
-
-    fn path(&self) -> String {
-        self.0.to_str().unwrap().to_string()
-    }
-}
-
-impl Drop for Dir {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
 
 pub(crate) struct Qmp {
     pub(crate) vm: Vm,
@@ -67,9 +40,9 @@ impl Qmp {
 
 #[test]
 fn the_error_texts_of_blockdev_add() {
-    let dir = Dir::new("add-errors");
+    let dir = Scratch::new("add-errors");
     let raw = dir.file("b.raw", 1 << 20);
-    let none = format!("{}/nonexistent", dir.path());
+    let none = dir.path("nonexistent");
     let mut q = Qmp::new();
     let file = |name: &str| json!({"driver": "file", "node-name": name, "filename": raw});
     let inner = json!({"driver": "file", "filename": raw});
@@ -88,8 +61,8 @@ fn the_error_texts_of_blockdev_add() {
             format!("Could not open '{none}': No such file or directory"),
         ),
         (
-            json!({"driver": "file", "node-name": "x", "filename": dir.path()}),
-            format!("Could not open '{}': Is a directory", dir.path()),
+            json!({"driver": "file", "node-name": "x", "filename": dir.path("")}),
+            format!("Could not open '{}': Is a directory", dir.path("")),
         ),
         (
             json!({"driver": "file", "node-name": "x", "filename": ""}),
@@ -162,7 +135,7 @@ fn the_error_texts_of_blockdev_add() {
 
 #[test]
 fn nodes_come_and_go_with_those_that_only_they_used() {
-    let dir = Dir::new("add-del");
+    let dir = Scratch::new("add-del");
     let raw = dir.file("b.raw", 1 << 20);
     let mut q = Qmp::new();
     q.ok("blockdev-add", json!({"driver": "file", "node-name": "f0", "filename": raw}));
@@ -195,7 +168,7 @@ fn nodes_come_and_go_with_those_that_only_they_used() {
 
 #[test]
 fn block_resize_and_its_errors() {
-    let dir = Dir::new("resize");
+    let dir = Scratch::new("resize");
     let raw = dir.file("r.raw", 1 << 20);
     let mut q = Qmp::new();
     let file = json!({"driver": "file", "filename": raw});
