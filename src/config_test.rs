@@ -33,7 +33,7 @@ fn tables_come_in_the_order_of_the_file() {
             ),
         ]
     );
-    assert_eq!((config.settings.name.as_deref(), config.settings.cpus), (Some("n"), 2));
+    assert_eq!((config.settings.name.as_deref(), config.settings.topology.cpus()), (Some("n"), 2));
 }
 
 #[test]
@@ -88,7 +88,8 @@ fn topology_is_filled_in_as_qemu_does() {
         let s = parse(&format!("[machine]\n{text}\n"), &[]).unwrap().settings;
         let (cpus, max, sockets, cores, threads) = want;
         let topology = Topology::new(max, Some(sockets), Some(cores), Some(threads)).unwrap();
-        assert_eq!((s.cpus, s.topology), (cpus, topology), "{text}");
+        assert_eq!(s.topology, topology.with_present(cpus), "{text}");
+        assert_eq!(s.topology.cpus(), cpus as usize, "{text}");
     }
     let text = "[machine]\ncpus = 3\nmax-cpus = 5\nsockets = 2\n";
     assert!(

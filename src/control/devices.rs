@@ -111,7 +111,7 @@ impl Vm {
             mem: machine.mem.clone(),
             interrupts: machine.interrupts.clone(),
             slow: self.devices.slow.clone(),
-            cpus: self.settings.cpus as usize,
+            cpus: self.settings.topology.cpus(),
         };
         let mut shelf = Shelf {
             graph: &mut self.graph,

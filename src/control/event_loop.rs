@@ -4,6 +4,7 @@
 //! on a floor above) or what an event leads to ([`Vm::handle`]). Threads: control. Locks: none.
 
 use super::vm::{Cause, Vm};
+use crate::event::Event;
 use crate::sys::poll::{PollSet, Signals};
 use std::io;
 use std::os::fd::AsRawFd;
@@ -44,8 +45,12 @@ pub fn run(vm: &mut Vm, signals: &Signals, sources: &mut [&mut dyn Source]) -> i
             }
         }
         if set.ready(inbox) != 0 {
+            let mut reset = false;
             for event in vm.events.take() {
-                vm.handle(event);
+                // Several processors may ask for the same reset.
+                if event != Event::Reset || !std::mem::replace(&mut reset, true) {
+                    vm.handle(event);
+                }
             }
         }
         sources.iter_mut().for_each(|s| s.dispatch(vm, &set));

@@ -47,9 +47,7 @@ pub struct Settings {
     pub uuid: [u8; 16],
     /// Bytes of RAM.
     pub memory: u64,
-    /// Processors at start.
-    pub cpus: u32,
-    /// The places for processors (as many as there can be).
+    /// The processors, and the places for more.
     pub topology: Topology,
     /// Where the processors come from.
     pub accel: Accel,
@@ -67,7 +65,6 @@ impl Default for Settings {
             name: None,
             uuid: [0; 16],
             memory: 128 << 20,
-            cpus: 1,
             topology: Topology::default(),
             accel: Accel::Kvm,
             paused: false,
@@ -235,6 +232,10 @@ impl Vm {
             self.halt();
         } else {
             self.become_state(RunState::Prelaunch);
+        }
+        // What the guest asked for before the reset was done is done with it.
+        for event in self.events.take().into_iter().filter(|e| *e != Event::Reset) {
+            self.events.post(event);
         }
         if let Some(board) = &self.board {
             board.reset();

@@ -109,3 +109,17 @@ fn a_cpu_that_cannot_go_on_stops_the_vm_and_ends_one_that_nobody_attends() {
         assert_eq!(vm.cont().unwrap_err().desc, "Resetting the Virtual Machine is required");
     }
 }
+
+#[test]
+fn two_processors_that_ask_for_a_reset_get_one() {
+    let mut vm = vm(Settings::default());
+    vm.cont().unwrap();
+    vm.events.post(Event::Reset);
+    vm.events.post(Event::RtcChange { offset: 1 });
+    vm.handle(Event::Reset);
+    for event in vm.events.take() {
+        vm.handle(event);
+    }
+    let names: Vec<_> = vm.outbox.iter().map(|e| e.name).collect();
+    assert_eq!(names, ["RESUME", "RESET", "RTC_CHANGE"]);
+}

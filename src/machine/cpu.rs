@@ -14,11 +14,12 @@ pub struct Topology {
     sockets: u32,
     cores: u32,
     threads: u32,
+    present: u32,
 }
 
 impl Default for Topology {
     fn default() -> Self {
-        Topology { sockets: 1, cores: 1, threads: 1 }
+        Topology { sockets: 1, cores: 1, threads: 1, present: 1 }
     }
 }
 
@@ -53,12 +54,17 @@ impl Topology {
                  sockets ({s}) * cores ({c}) * threads ({t}) != maxcpus ({cpus})"
             );
         }
-        Ok(Topology { sockets: s, cores: c, threads: t })
+        Ok(Topology { sockets: s, cores: c, threads: t, present: cpus })
     }
 
-    /// Processors in all, 1 to `layout::CPUS_MAX`.
+    /// The same places with only the first `cpus` of them taken. (All are, at least one.)
+    pub fn with_present(self, cpus: u32) -> Topology {
+        Topology { present: cpus.clamp(1, self.present), ..self }
+    }
+
+    /// Processors that there are, 1 to `layout::CPUS_MAX`.
     pub fn cpus(&self) -> usize {
-        (self.sockets * self.cores * self.threads) as usize
+        self.present as usize
     }
 
     /// Sockets, cores a socket, threads a core.

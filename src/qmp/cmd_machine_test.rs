@@ -90,7 +90,6 @@ fn names_and_processors() {
         name: Some("vm7".into()),
         uuid,
         accel: Accel::None,
-        cpus: 4,
         topology,
         ..Settings::default()
     };
