@@ -86,13 +86,8 @@ fn names_and_processors() {
     let mut uuid = [0; 16];
     uuid.iter_mut().enumerate().for_each(|(i, b)| *b = (i as u8) << 4);
     let topology = Topology::new(4, None, None, Some(2)).unwrap();
-    let settings = Settings {
-        name: Some("vm7".into()),
-        uuid,
-        accel: Accel::None,
-        topology,
-        ..Settings::default()
-    };
+    let settings =
+        Settings { name: Some("vm7".into()), uuid, accel: Accel::None, topology, ..Settings::default() };
     let mut c = Client::new(settings);
     assert_eq!(c.ask("query-name", json!({})), json!({"name": "vm7"}));
     assert_eq!(c.ask("query-uuid", json!({})), json!({"UUID": "00102030-4050-6070-8090-a0b0c0d0e0f0"}));
