@@ -54,7 +54,7 @@ impl Board {
         // Below 4 GiB, where also small guests have mapped it; 512 MiB are plenty for registers.
         let pci = PciRoot::new(machine.mmio.clone(), interrupts, PCI_IRQ.into(), MMIO32);
         let i8042 = Arc::new(I8042::new(Line::new(interrupts.clone(), i8042::IRQ)));
-        let cmos = Arc::new(Cmos::new());
+        let cmos = Cmos::new(Line::new(interrupts.clone(), cmos::IRQ));
         port(machine, PCI_CONF1.into(), 8, pci.ports())?;
         port(machine, i8042::PORT, i8042::LEN, i8042.clone())?;
         port(machine, cmos::PORT, cmos::LEN, cmos.clone())?;

@@ -1,20 +1,25 @@
 //! The CMOS memory with its real-time clock.
 //!
-//! Owns: 128 bytes and how far the guest's clock is from the host's. Never: keeps a timer: the time
-//! is worked out when it is read, and so are the flags of register C; the clock's interrupt (line 8)
-//! does not exist. Threads: vCPUs. Locks: its own mutex, a leaf.
+//! Owns: 128 bytes and how far the guest's clock is from the host's. The time is worked out when it
+//! is read, and so are the flags of register C; only while the guest has the alarm or the update
+//! interrupt enabled, a timer looks once a second. The periodic interrupt does not exist. Threads:
+//! vCPUs, the timer's. Locks: its own mutex, then the timer's or the interrupt line's, both leaves.
 //!
 //! Source: Motorola MC146818A data sheet; byte 0x32 as century is the PC's convention (ACPI's FADT names it).
 
 use crate::event::Event;
 use crate::machine::bus::{BusDevice, Effect};
-use std::sync::{Mutex, PoisonError};
-use std::time::SystemTime;
+use crate::machine::irq::Line;
+use crate::sys::alarm::Alarm;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant, SystemTime};
 
 /// First port.
 pub const PORT: u64 = 0x70;
 /// Ports 0x70 (index) and 0x71 (data).
 pub const LEN: u64 = 2;
+/// The clock's interrupt line.
+pub const IRQ: u32 = 8;
 /// The byte that holds the century.
 pub const CENTURY: u8 = 0x32;
 
@@ -44,10 +49,12 @@ const SET: u8 = 0x80;
 const BINARY: u8 = 4;
 /// Register B: 24 hours, not 12 and a PM bit.
 const HOUR24: u8 = 2;
-/// Register C: an update has ended.
+/// Registers B (interrupt enabled) and C (it has happened): an update has ended.
 const UPDATED: u8 = 0x10;
-/// Register C: the alarm time has come.
+/// Registers B and C: the alarm time has come.
 const ALARM: u8 = 0x20;
+/// Register C: the line is high.
+const INTERRUPT: u8 = 0x80;
 /// Register D: the battery is good.
 const VALID: u8 = 0x80;
 
@@ -62,6 +69,8 @@ type Clock = Box<dyn Fn() -> i128 + Send + Sync>;
 pub struct Cmos {
     state: Mutex<State>,
     clock: Clock,
+    line: Line,
+    alarm: Alarm,
 }
 
 struct State {
@@ -69,36 +78,64 @@ struct State {
     ram: [u8; 128],
     /// Guest time minus host time, in nanoseconds.
     offset: i128,
-    /// The guest time when register C was last read, in seconds.
+    /// The guest time up to which register C has been worked out, in seconds.
     seen: i64,
-}
-
-impl Default for Cmos {
-    fn default() -> Cmos {
-        Cmos::new()
-    }
+    /// The level on the line.
+    high: bool,
 }
 
 impl Cmos {
-    /// A clock that shows UTC.
-    pub fn new() -> Cmos {
-        Cmos::with_clock(Box::new(|| match SystemTime::now().duration_since(SystemTime::UNIX_EPOCH) {
+    /// A clock that shows UTC and interrupts on `line`.
+    pub fn new(line: Line) -> Arc<Cmos> {
+        let now = || match SystemTime::now().duration_since(SystemTime::UNIX_EPOCH) {
             // Below 2^95: a Duration has 64 bits of seconds.
             Ok(since) => since.as_nanos() as i128,
             Err(before) => -(before.duration().as_nanos() as i128),
-        }))
+        };
+        Cmos::with_clock(line, Box::new(now))
     }
 
-    fn with_clock(clock: Clock) -> Cmos {
+    fn with_clock(line: Line, clock: Clock) -> Arc<Cmos> {
         let mut ram = [0; 128];
         (ram[REG_A], ram[REG_B], ram[REG_D]) = (A_DEFAULT, HOUR24, VALID);
-        let seen = seconds(clock());
-        Cmos { state: Mutex::new(State { index: 0, ram, offset: 0, seen }), clock }
+        let state = State { index: 0, ram, offset: 0, seen: seconds(clock()), high: false };
+        Arc::new_cyclic(|this: &Weak<Cmos>| {
+            let this = this.clone();
+            let tick = move || {
+                if let Some(cmos) = this.upgrade() {
+                    cmos.update(&mut cmos.lock());
+                }
+            };
+            Cmos { state: Mutex::new(state), clock, line, alarm: Alarm::new("rtc", tick) }
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes the line and the timer agree with the registers.
+    fn update(&self, state: &mut State) {
+        let enabled = state.ram[REG_B] & (ALARM | UPDATED);
+        let mut next = None;
+        if enabled != 0 && state.runs() {
+            let now = (self.clock)() + state.offset;
+            state.ram[REG_C] |= state.flags(seconds(now));
+            // The moment after the next update. Less than 2^30: a second.
+            let left = Duration::from_nanos((NANOS - now.rem_euclid(NANOS)) as u64);
+            next = Some(Instant::now() + left);
+        }
+        let high = state.ram[REG_C] & enabled != 0;
+        if high != state.high {
+            state.high = high;
+            self.line.set(high);
+        }
+        self.alarm.set(next);
     }
 
     /// Sets a byte of the memory proper (0x0e to 0x7f, not the century); others are left alone.
     pub fn set_nvram(&self, index: u8, value: u8) {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.lock();
         let at = usize::from(index);
         if (REG_D + 1..128).contains(&at) && at != CENTURY_BYTE {
             state.ram[at] = value;
@@ -107,9 +144,11 @@ impl Cmos {
 
     /// A reset of the machine: the clock runs on, its interrupts are off.
     pub fn reset(&self) {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.lock();
         state.index = 0;
         state.ram[REG_B] &= !0x70;
+        state.ram[REG_C] = 0;
+        self.update(&mut state);
     }
 
     fn read_data(&self, state: &mut State) -> u8 {
@@ -121,14 +160,18 @@ impl Cmos {
                     state.show(seconds(now))
                 }
                 REG_A if NANOS - now.rem_euclid(NANOS) <= UIP_NANOS => return state.ram[REG_A] | UIP,
-                REG_C => return state.flags(seconds(now)),
+                REG_C => state.ram[REG_C] |= state.flags(seconds(now)),
                 _ => {}
             }
         }
-        match at {
-            REG_C => 0,
-            _ => state.ram[at],
+        if at != REG_C {
+            return state.ram[at];
         }
+        // Reading it clears it.
+        let flags = std::mem::take(&mut state.ram[REG_C]);
+        let high = flags & state.ram[REG_B] & (ALARM | UPDATED) != 0;
+        self.update(state);
+        flags | if high { INTERRUPT } else { 0 }
     }
 
     fn write_data(&self, state: &mut State, value: u8) -> Effect {
@@ -171,7 +214,7 @@ impl State {
         self.ram[REG_B] & SET == 0 && self.ram[REG_A] & 0x60 != 0x60
     }
 
-    /// What register C says at `now`; reading it clears it.
+    /// What has happened up to `now` since the last call, for register C.
     fn flags(&mut self, now: i64) -> u8 {
         let seen = std::mem::replace(&mut self.seen, now);
         if now <= seen {
@@ -223,7 +266,7 @@ impl State {
     }
 
     fn encode(&self, n: u8) -> u8 {
-        if self.ram[REG_B] & BINARY != 0 { n } else { (n / 10) << 4 | n % 10 }
+        if self.ram[REG_B] & BINARY != 0 { n } else { ((n / 10) << 4) | (n % 10) }
     }
 
     fn decode(&self, n: u8) -> u8 {
@@ -275,7 +318,7 @@ fn date(days: i64) -> (i64, u8, u8) {
 
 impl BusDevice for Cmos {
     fn read(&self, off: u64, data: &mut [u8]) {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.lock();
         for (port, byte) in (off..).zip(data) {
             // The index cannot be read back, on PCs.
             *byte = if port == 1 { self.read_data(&mut state) } else { 0xff };
@@ -283,13 +326,16 @@ impl BusDevice for Cmos {
     }
 
     fn write(&self, off: u64, data: &[u8]) -> Effect {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.lock();
         let mut effect = Effect::None;
         for (port, &byte) in (off..).zip(data) {
             match port {
                 // Bit 7 masks the NMI, which does not exist.
                 0 => state.index = byte & 0x7f,
-                1 => effect = self.write_data(&mut state, byte),
+                1 => {
+                    effect = self.write_data(&mut state, byte);
+                    self.update(&mut state);
+                }
                 _ => {}
             }
         }

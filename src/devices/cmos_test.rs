@@ -1,13 +1,16 @@
 use super::*;
-use crate::devices::testing::{hammer, inb, outb};
-use std::sync::Arc;
+use crate::devices::testing::{Wires, hammer, inb, outb};
 use std::sync::atomic::{AtomicI64, Ordering};
 
 /// A clock in milliseconds that the test moves.
-fn at(start_ms: i64) -> (Cmos, Arc<AtomicI64>) {
+fn at(start_ms: i64) -> (Arc<Cmos>, Arc<AtomicI64>) {
     let now = Arc::new(AtomicI64::new(start_ms));
     let clock = now.clone();
-    (Cmos::with_clock(Box::new(move || i128::from(clock.load(Ordering::Relaxed)) * 1_000_000)), now)
+    (with_clock(move || i128::from(clock.load(Ordering::Relaxed)) * 1_000_000), now)
+}
+
+fn with_clock(clock: impl Fn() -> i128 + Send + Sync + 'static) -> Arc<Cmos> {
+    Cmos::with_clock(Arc::new(Wires::default()).line(IRQ), Box::new(clock))
 }
 
 fn get(cmos: &Cmos, index: u8) -> u8 {
@@ -59,7 +62,7 @@ fn uip_comes_just_before_the_update_and_goes() {
     assert_eq!(get(&cmos, 10), A_DEFAULT);
     now.fetch_add(999, Ordering::Relaxed);
     assert_eq!(get(&cmos, 10), A_DEFAULT);
-    let cmos = Cmos::with_clock(Box::new(|| i128::from(MONDAY) * NANOS - 100_000));
+    let cmos = with_clock(|| i128::from(MONDAY) * NANOS - 100_000);
     assert_eq!(get(&cmos, 10), A_DEFAULT | UIP);
     put(&cmos, 11, SET | HOUR24);
     assert_eq!(get(&cmos, 10), A_DEFAULT, "no update while it is set");
@@ -126,6 +129,50 @@ fn register_c_tells_of_updates_and_alarms_once() {
 }
 
 #[test]
+fn the_update_interrupt_comes_every_second_until_it_is_switched_off() {
+    let wires = Arc::new(Wires::default());
+    let cmos = Cmos::new(wires.line(IRQ));
+    put(&cmos, 11, HOUR24 | UPDATED);
+    get(&cmos, 12);
+    wires.take();
+    let start = Instant::now();
+    for _ in 0..2 {
+        while wires.take() != [true] {
+            assert!(start.elapsed() < Duration::from_secs(10), "no interrupt");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        assert_eq!(get(&cmos, 12), UPDATED | INTERRUPT);
+        assert_eq!(wires.take(), [false]);
+    }
+    assert!(start.elapsed() > Duration::from_secs(1));
+    put(&cmos, 11, HOUR24);
+    std::thread::sleep(Duration::from_millis(1100));
+    assert!(wires.take().is_empty());
+}
+
+#[test]
+fn the_alarm_interrupts_at_its_time() {
+    let wires = Arc::new(Wires::default());
+    let cmos = Cmos::new(wires.line(IRQ));
+    // One to two seconds from now, on whatever minute and hour that is.
+    let second = get(&cmos, 0);
+    let second = (second >> 4) * 10 + (second & 0xf) + 2;
+    put(&cmos, 1, ((second % 60 / 10) << 4) | (second % 60 % 10));
+    put(&cmos, 3, 0xff);
+    put(&cmos, 5, 0xff);
+    get(&cmos, 12);
+    put(&cmos, 11, HOUR24 | ALARM);
+    assert!(wires.take().is_empty(), "too early");
+    let start = Instant::now();
+    while wires.take() != [true] {
+        assert!(start.elapsed() < Duration::from_secs(10), "no interrupt");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert_eq!(get(&cmos, 12), ALARM | UPDATED | INTERRUPT);
+    assert_eq!(wires.take(), [false]);
+}
+
+#[test]
 fn memory_keeps_what_is_written_and_the_clock_is_not_memory() {
     let (cmos, _) = at(0);
     cmos.set_nvram(0x34, 7);
@@ -133,13 +180,13 @@ fn memory_keeps_what_is_written_and_the_clock_is_not_memory() {
     put(&cmos, 0x7f, 0xa5);
     put(&cmos, 13, 0);
     assert_eq!((get(&cmos, 0x34), get(&cmos, 0), get(&cmos, 0x7f), get(&cmos, 13)), (7, 0, 0xa5, VALID));
-    assert_eq!(inb(&cmos, 0), 0xff);
+    assert_eq!(inb(&*cmos, 0), 0xff);
 }
 
 #[test]
 fn nothing_a_guest_does_panics() {
-    let cmos = Cmos::new();
-    hammer(&cmos, LEN, 100_000, |effect| {
+    let cmos = Cmos::new(Arc::new(Wires::default()).line(IRQ));
+    hammer(&*cmos, LEN, 100_000, |effect| {
         assert!(matches!(effect, Effect::None | Effect::Post(Event::RtcChange { .. })))
     });
     // Every register with every value, running and not.

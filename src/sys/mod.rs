@@ -1,5 +1,6 @@
 //! System calls behind small safe functions. Knows nothing of virtual machines.
 
+pub mod alarm;
 pub mod buf;
 pub mod fdio;
 pub mod fdset;

@@ -94,9 +94,12 @@ impl Drop for Dir {
     }
 }
 
+/// Bytes, and whether they have ended.
+type Collected = (Vec<u8>, bool);
+
 /// What a process has written so far, filled by a thread.
 #[derive(Clone, Default)]
-struct Output(Arc<(Mutex<(Vec<u8>, bool)>, Condvar)>);
+struct Output(Arc<(Mutex<Collected>, Condvar)>);
 
 impl Output {
     fn collect(mut from: impl Read + Send + 'static) -> Output {
@@ -121,7 +124,7 @@ impl Output {
     /// Waits until `done` says yes to the output, or it ends, or time is over; the output.
     fn wait(&self, limit: Duration, done: impl Fn(&[u8]) -> bool) -> (Vec<u8>, bool) {
         let state = self.0.0.lock().unwrap();
-        let waiting = |s: &mut (Vec<u8>, bool)| !s.1 && !done(&s.0);
+        let waiting = |s: &mut Collected| !s.1 && !done(&s.0);
         let state = self.0.1.wait_timeout_while(state, limit, waiting).unwrap().0;
         let ok = done(&state.0);
         (state.0.clone(), ok)
