@@ -130,6 +130,7 @@ fn add(vm: &mut Vm, inherited: &Inherited, table: &Table, check: bool) -> Result
             let options = NetdevOptions::take(Value::Object(args), &Path::Root)?;
             if check {
                 // To open a tap is to make it.
+                options.check()?;
                 return vm.netdevs.insert(&options.id, Arc::new(Unplugged));
             }
             vm.netdevs.add(&options, |name| match name.parse() {

@@ -94,6 +94,15 @@ wire_union! {
     }
 }
 
+impl NetdevOptions {
+    /// Refuses what cannot be, without touching the host.
+    pub fn check(&self) -> Result<()> {
+        match &self.backend {
+            Backend::Tap(tap) => tap.check(),
+        }
+    }
+}
+
 struct Entry {
     id: String,
     backend: Arc<dyn Netdev>,

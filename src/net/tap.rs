@@ -58,7 +58,8 @@ impl Default for TapOptions {
 }
 
 impl TapOptions {
-    fn check(&self) -> Result<()> {
+    /// Refuses what no tap can be, without opening one.
+    pub fn check(&self) -> Result<()> {
         let foreign = self.ifname.is_some()
             || self.script.is_some()
             || self.downscript.is_some()

@@ -1,23 +1,9 @@
 use super::*;
+use crate::virtio::testing::kit::{netns::in_namespace, until};
 use std::io::ErrorKind;
 use std::os::fd::FromRawFd;
-use std::time::{Duration, Instant};
 
 const TYPE: u16 = 0x88b5; // for local experiments (IEEE 802)
-
-/// Runs `f` in a network namespace of its own; says so and skips without the right to.
-fn in_namespace(f: impl FnOnce() + Send + 'static) {
-    std::thread::spawn(move || {
-        // SAFETY: a plain system call; it moves this thread only.
-        if unsafe { libc::unshare(libc::CLONE_NEWNET) } != 0 || !std::path::Path::new(DEVICE).exists() {
-            eprintln!("skipped: needs root and {DEVICE} (sudo; modprobe tun)");
-            return;
-        }
-        f();
-    })
-    .join()
-    .unwrap();
-}
 
 fn no_fd(_: &str) -> Result<OwnedFd> {
     panic!("no fd was named")
@@ -58,18 +44,6 @@ fn frame(n: u8) -> Vec<u8> {
     f[12..14].copy_from_slice(&TYPE.to_be_bytes());
     f[14..].fill(n);
     f
-}
-
-/// Tries for two seconds.
-fn until<T>(mut f: impl FnMut() -> Option<T>) -> T {
-    let end = Instant::now() + Duration::from_secs(2);
-    loop {
-        if let Some(t) = f() {
-            return t;
-        }
-        assert!(Instant::now() < end, "nothing came");
-        std::thread::sleep(Duration::from_millis(2));
-    }
 }
 
 /// The next frame of our type that the tap has, without its header.

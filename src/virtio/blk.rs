@@ -310,9 +310,9 @@ impl VirtioDevice for Blk {
         let task = |n: u16| Task {
             worker: Box::new(DiskWorker::new(self.disk.clone())),
             queues: queues.clone(),
-            thread: Thread::Own(match n {
-                0 => format!("blk {}", self.config.id),
-                n => format!("blk {} {n}", self.config.id),
+            thread: Thread::Own(match (n, &*self.config.id) {
+                (0, id) => format!("blk {id}"),
+                (n, id) => format!("blk {id} {n}"),
             }),
         };
         Ok((0..self.config.workers).map(task).collect())

@@ -37,9 +37,10 @@ const MAX_DATA: u64 = (i32::MAX as u64) & !(SECTOR - 1);
 /// The longest discard or write-zeroes segment, in sectors (the same bytes).
 pub const MAX_SEGMENT_SECTORS: u32 = (MAX_DATA / SECTOR) as u32;
 
-/// Answers are gathered while there is more to do, for one interrupt; not longer than this …
+/// Answers are gathered while there is more to do, for one interrupt; not for longer than this, …
 const BATCH_TIME: Duration = Duration::from_micros(60);
-/// … and not more than this many.
+/// … not more than this many, and not after a request that took `BATCH_TIME` by itself: so many
+/// after it are answered one by one, lest answers wait for the next slow one.
 const BATCH: usize = 32;
 
 const T_IN: u32 = 0;
@@ -91,30 +92,34 @@ enum Outcome {
 /// A thread of the disk. All workers serve all queues.
 pub struct DiskWorker {
     disk: Arc<Disk>,
+    /// Requests to be answered one by one.
+    wary: usize,
 }
 
 impl DiskWorker {
     /// Another worker of `disk`.
     pub fn new(disk: Arc<Disk>) -> DiskWorker {
-        DiskWorker { disk }
+        DiskWorker { disk, wary: 0 }
     }
 }
 
 impl Worker for DiskWorker {
     fn on_queue(&mut self, _: u16, q: &Queue) {
         let mut done: Vec<(Chain, usize)> = Vec::new();
-        let mut first = None;
+        let mut last = Instant::now();
+        let mut first = last;
         while let Some(mut chain) = q.pop() {
             match self.disk.run(&mut chain) {
                 Outcome::Answer(status) => {
                     let len = chain.writable_len();
                     chain.writable_at(len - 1, 1).copy_from(0, &[status]);
                     done.push((chain, len));
-                    // A disk that is slow must not make early answers wait for late ones.
                     let now = Instant::now();
-                    if now - *first.get_or_insert(now) >= BATCH_TIME || done.len() >= BATCH {
+                    self.wary = if now - last >= BATCH_TIME { BATCH } else { self.wary.saturating_sub(1) };
+                    last = now;
+                    if self.wary > 0 || now - first >= BATCH_TIME || done.len() >= BATCH {
                         q.push_all(done.drain(..));
-                        first = None;
+                        first = now;
                     }
                 }
                 Outcome::Hold => q.hold(chain),

@@ -531,6 +531,40 @@ fn pause_and_reset_wait_for_the_request_in_hand() {
     }
 }
 
+#[test]
+fn answers_of_a_fast_disk_share_interrupts_and_those_of_a_slow_one_do_not() {
+    let offer = |rig: &mut Rig, n: u64| {
+        for i in 0..n {
+            let p = pieces(rig, rig.free + i * 1024, IN, i, &[], 512);
+            rig.offer(0, &p);
+        }
+    };
+    let (mut rig, _, state) = rig(BlkConfig::default());
+    let mut interrupts = |rig: &mut Rig, n: u64| {
+        rig.kick(0);
+        (0..n).for_each(|_| _ = rig.answer(0));
+        rig.pause();
+        rig.resume();
+        rig.told.interrupts.swap(0, Ordering::SeqCst) as u64
+    };
+    state.hold(true);
+    offer(&mut rig, 4);
+    let other = state.clone();
+    let opener = std::thread::spawn(move || {
+        other.wait_inside(1);
+        std::thread::sleep(std::time::Duration::from_millis(2));
+        other.hold(false);
+    });
+    assert_eq!(interrupts(&mut rig, 4), 4);
+    opener.join().unwrap();
+    // The machine may be busy: the best of some.
+    let best = (0..10).map(|_| {
+        offer(&mut rig, 40);
+        interrupts(&mut rig, 40)
+    });
+    assert!(best.min().unwrap() < 20);
+}
+
 /// What a request in flight will have done when it is answered.
 enum Expect {
     Read(u64, Vec<u8>),

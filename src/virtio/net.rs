@@ -225,3 +225,7 @@ impl VirtioDevice for Net {
 #[cfg(test)]
 #[path = "net_test.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "net_tap_test.rs"]
+mod tap_tests;

@@ -151,6 +151,12 @@ impl Rig {
         self.crew.as_ref().unwrap().resume();
     }
 
+    /// The address in descriptor `n` of queue `q`.
+    pub fn descriptor(&self, q: usize, n: u16) -> u64 {
+        let bytes = self.peek(self.rings[q].desc + 16 * u64::from(n), 8);
+        bytes.iter().rev().fold(0, |all, b| all << 8 | u64::from(*b))
+    }
+
     /// Guest memory at `addr`.
     pub fn peek(&self, addr: u64, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];

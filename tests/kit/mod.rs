@@ -4,6 +4,7 @@
 #![allow(dead_code)]
 
 pub mod disk;
+pub mod netns;
 pub mod ram;
 pub mod ring;
 pub mod wire;
