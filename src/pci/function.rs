@@ -142,8 +142,15 @@ pub struct Function {
     /// Offsets of the MSI-X capability and of the window.
     msix: Option<usize>,
     window: Option<usize>,
+    mapped: Mutex<Mapped>,
+}
+
+#[derive(Default)]
+struct Mapped {
     /// The address of each BAR that is on the bus.
-    mapped: Mutex<Vec<Option<u64>>>,
+    at: Vec<Option<u64>>,
+    /// Unplugged: a processor that was about to move a BAR comes too late.
+    gone: bool,
 }
 
 impl Function {
@@ -161,7 +168,7 @@ impl Function {
             config.set(reg::INTERRUPT_PIN, &[1]);
         }
         device.connect(pin.clone());
-        let mapped = Mutex::new(vec![None; bars.len()]);
+        let mapped = Mutex::new(Mapped { at: vec![None; bars.len()], gone: false });
         let fresh = config.clone();
         Arc::new(Function { device, bus, pin, bars, fresh, config: Mutex::new(config), msix, window, mapped })
     }
@@ -239,12 +246,15 @@ impl Function {
     /// Puts the BARs on the bus where the configuration says now. With no bus lock held.
     pub fn remap(&self) {
         let mut mapped = self.mapped.lock().unwrap_or_else(PoisonError::into_inner);
+        if mapped.gone {
+            return;
+        }
         let wanted: Vec<Option<u64>> = {
             let config = self.lock();
             let decodes = config.command() & reg::COMMAND_MEMORY != 0;
             self.bars.iter().map(|bar| decodes.then(|| config.bar(bar))).collect()
         };
-        self.map(&mut mapped, &wanted);
+        self.map(&mut mapped.at, &wanted);
     }
 
     fn map(&self, mapped: &mut [Option<u64>], wanted: &[Option<u64>]) {
@@ -265,17 +275,17 @@ impl Function {
         }
     }
 
-    /// Takes the BARs off the bus; returns when no access is in flight.
-    fn unmap(&self) {
+    /// Takes the BARs off the bus, perhaps for good; returns when no access is in flight.
+    fn unmap(&self, gone: bool) {
         let mut mapped = self.mapped.lock().unwrap_or_else(PoisonError::into_inner);
-        let nothing = vec![None; mapped.len()];
-        self.map(&mut mapped, &nothing);
+        mapped.gone |= gone;
+        self.map(&mut mapped.at, &vec![None; self.bars.len()]);
     }
 
     /// Back to the state after plugging. The processors are stopped.
     pub fn reset(&self) {
         *self.lock() = self.fresh.clone();
-        self.unmap();
+        self.unmap(false);
         self.device.reset();
         if let Some(msix) = self.device.msix() {
             msix.reset();
@@ -286,7 +296,7 @@ impl Function {
 
     /// Off the bus, then stopped.
     pub fn unplug(&self) {
-        self.unmap();
+        self.unmap(true);
         self.device.stop();
         self.pin.set(false);
     }
