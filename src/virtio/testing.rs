@@ -10,7 +10,7 @@ use crate::machine::memory::Mem;
 use kit::deadline;
 pub use kit::disk::{Asked, FakeState, fake_disk};
 pub use kit::ram::GuestRam;
-pub use kit::ram::{HIGH, LOW};
+pub use kit::ram::{HIGH, HIGH_LEN, LOW};
 pub use kit::ring;
 use kit::ring::{Memory, Ring};
 pub use kit::until;
