@@ -107,8 +107,23 @@ impl Drives {
     }
 
     /// `-drive`: a drive with a legacy name on `node`, or an empty one. `spec.name` is the name;
-    /// what the handle does and shares follows from the node, until a device uses it.
+    /// what the handle does and shares follows from the node, until a device uses it. On an error
+    /// a node that nobody else uses is closed.
     pub fn add(
+        &mut self,
+        graph: &mut Graph,
+        node: Option<Arc<Node>>,
+        spec: HandleSpec,
+        automatic: bool,
+    ) -> Result<Arc<Handle>> {
+        let made = self.make(graph, node, spec, automatic);
+        if made.is_err() {
+            graph.collect();
+        }
+        made
+    }
+
+    fn make(
         &mut self,
         graph: &mut Graph,
         node: Option<Arc<Node>>,

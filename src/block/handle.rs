@@ -360,14 +360,15 @@ impl Handle {
     }
 
     /// Calls `hook` with the new length whenever the disk's length or medium changes: on the
-    /// control thread, with this handle's gate open. It must not wait for a worker.
+    /// control thread; the gate may be closed. It must not wait for a worker, nor make a request.
     pub fn on_resize(&self, hook: Option<Box<dyn Fn(u64) + Send + Sync>>) {
         *lock(&self.resized) = hook;
     }
 
     /// The graph has changed the length below.
     pub(crate) fn resized(&self) {
-        let len = self.len();
+        // Not by a request: the gate may be closed, by the very thread that is here.
+        let len = self.root.peek(Node::len).unwrap_or(0);
         if let Some(hook) = &*lock(&self.resized) {
             hook(len);
         }

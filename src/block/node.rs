@@ -14,7 +14,7 @@ use super::serial::Serial;
 use crate::sys::buf::AlignedBuf;
 use crate::sys::iov::{Iov, IovMut};
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 /// The longest bounce buffer, in bytes; longer requests go through it in pieces.
@@ -48,6 +48,11 @@ impl Edge {
     /// The node below, if any.
     pub fn node(&self) -> Option<Arc<Node>> {
         self.to.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Asks the node below something that does not block (its length): cheaper than [`Edge::node`].
+    pub fn peek<T>(&self, f: impl FnOnce(&Node) -> T) -> Option<T> {
+        self.to.read().unwrap_or_else(PoisonError::into_inner).as_deref().map(f)
     }
 
     /// The node below; ENOMEDIUM without one.
@@ -131,7 +136,6 @@ pub struct Node {
     pub driver: Box<dyn Driver>,
     /// What was asked for when it was opened.
     pub options: NodeOptions,
-    read_only: AtomicBool,
     limits: Limits,
     /// True without children: the driver is the storage itself.
     storage: bool,
@@ -159,7 +163,6 @@ impl Node {
             driver,
             storage,
             options,
-            read_only: AtomicBool::new(options.read_only),
             limits,
             highest: AtomicU64::new(0),
             changes: AtomicU64::new(0),
@@ -187,12 +190,7 @@ impl Node {
 
     /// True when writes are refused.
     pub fn read_only(&self) -> bool {
-        self.read_only.load(Ordering::Relaxed)
-    }
-
-    /// Turns the check on or off (a job writes to a backing file). Control thread only.
-    pub(super) fn set_read_only(&self, on: bool) {
-        self.read_only.store(on, Ordering::Relaxed);
+        self.options.read_only
     }
 
     /// End of the highest write since the node was opened, in bytes (`wr_highest_offset`).

@@ -3,7 +3,7 @@
 //! Owns: offset and size. Never: looks at data. Threads: I/O from any. Locks: none.
 
 use super::driver::{Driver, Extent, Flags, ImageInfo, Limits, Perm};
-use super::node::{Edge, errno};
+use super::node::{Edge, Node, errno};
 use super::open::{Child, Open, Opening};
 use super::perm;
 use crate::bail;
@@ -71,12 +71,12 @@ impl Driver for Raw {
     }
 
     fn len(&self) -> u64 {
-        let whole = self.file.node().map_or(0, |n| n.len()).saturating_sub(self.offset);
+        let whole = self.file.peek(Node::len).unwrap_or(0).saturating_sub(self.offset);
         self.size.map_or(whole, |size| size.min(whole))
     }
 
     fn grows(&self) -> bool {
-        self.size.is_none() && self.file.node().is_some_and(|n| n.driver.grows())
+        self.size.is_none() && self.file.peek(|n| n.driver.grows()).unwrap_or(false)
     }
 
     fn limits(&self) -> Limits {

@@ -1,1 +1,69 @@
+use super::*;
+use crate::block::graph::Graph;
+use crate::block::open;
+use crate::block::testing::Scratch;
+use serde_json::json;
 
+#[test]
+fn every_driver_that_can_be_named_can_be_opened() {
+    let dir = Scratch::new("formats");
+    let path = dir.file("a", 1 << 20);
+    for word in BlockdevDriver::WORDS {
+        let options = match *word {
+            "file" | "host_device" => json!({"driver": word, "filename": path}),
+            "null-co" | "null-aio" => json!({"driver": word}),
+            _ => json!({"driver": word, "file": {"driver": "file", "filename": path}}),
+        };
+        let options = BlockdevOptions::take(options, &qapi::Path::Root).unwrap();
+        assert_eq!(plan(options).unwrap().driver.name(), *word);
+    }
+    let mut fds = FdSets::new();
+    let env = Formats::new(&mut fds);
+    for layer in FORMATS {
+        assert!(BlockdevDriver::WORDS.contains(&layer.name));
+        let file = Child::New(Box::new(env.protocol("file", &path).unwrap()));
+        assert_eq!(env.layer(layer.name, file).unwrap().driver.name(), layer.name);
+    }
+    assert!(env.layer("file", Child::Node("x".into())).is_none());
+}
+
+#[test]
+fn json_names_describe_a_node() {
+    let dir = Scratch::new("formats-json");
+    let path = dir.file("a", 1 << 20);
+    let mut fds = FdSets::new();
+    let env = Formats::new(&mut fds);
+    let mut graph = Graph::new();
+    let name = format!(
+        "json:{{\"driver\": \"raw\", \"size\": 512, \"file\": {{\"driver\": \"file\", \"filename\": \"{path}\"}}}}"
+    );
+    let node = open::open(&mut graph, &env, open::from_file_name(&env, &name).unwrap()).unwrap();
+    assert_eq!(node.len(), 512);
+    let bad = open::from_file_name(&env, "json:{\"driver\": \"raw\"}").err().unwrap();
+    assert_eq!(bad.desc, "Parameter 'file' is missing");
+}
+
+#[test]
+fn the_drivers_without_storage() {
+    let mut fds = FdSets::new();
+    let env = Formats::new(&mut fds);
+    let mut graph = Graph::new();
+    let mut open_it = |v: serde_json::Value| {
+        let options = BlockdevOptions::take(v, &qapi::Path::Root)?;
+        open::open(&mut graph, &env, plan(options)?)
+    };
+    let node = open_it(json!({"driver": "null-co", "size": 4096, "read-zeroes": true})).unwrap();
+    let mut data = [7u8; 512];
+    node.read(0, &mut crate::sys::iov::IovMut::from_slice(&mut data)).unwrap();
+    assert_eq!((node.len(), data), (4096, [0; 512]));
+    let e = open_it(json!({"driver": "null-co", "size": -1})).err().unwrap();
+    assert_eq!(e.desc, "size is invalid");
+}
+
+#[test]
+fn negative_windows_are_refused() {
+    let options = json!({"driver": "raw", "file": "x", "offset": -1});
+    let options = BlockdevOptions::take(options, &qapi::Path::Root).unwrap();
+    let e = plan(options).err().unwrap();
+    assert_eq!(e.desc, "Parameter 'offset' expects a non-negative value");
+}

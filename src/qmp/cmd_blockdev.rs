@@ -80,4 +80,4 @@ fn block_resize(cx: &mut Cx, device: Option<String>, node_name: Option<String>, 
 
 #[cfg(test)]
 #[path = "cmd_blockdev_test.rs"]
-mod tests;
+pub(crate) mod tests;

@@ -1,1 +1,126 @@
+use crate::block::handle::HandleSpec;
+use crate::block::testing::{Scratch, qemu};
+use crate::qmp::cmd_blockdev::tests::Qmp;
+use crate::sys::iov::{Iov, IovMut};
+use serde_json::{Value, json};
 
+fn chain(dir: &Scratch) -> Option<(String, String)> {
+    let img = qemu("qemu-img")?;
+    let (base, top) = (dir.path("base.raw"), dir.path("top.qcow2"));
+    std::fs::write(&base, vec![7; 1 << 20]).unwrap();
+    let run = |args: &[&str]| {
+        let out = std::process::Command::new(&img).args(args).output().unwrap();
+        assert!(out.status.success(), "{out:?}");
+    };
+    run(&["create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw", &top]);
+    Some((base, top))
+}
+
+#[test]
+fn a_backing_file_is_shown_in_full_or_flat() {
+    let dir = Scratch::new("query-chain");
+    let Some((base, top)) = chain(&dir) else { return };
+    let mut q = Qmp::new();
+    let file = json!({"driver": "file", "filename": top});
+    q.ok("blockdev-add", json!({"driver": "qcow2", "node-name": "top", "file": file}));
+    let all = q.ok("query-named-block-nodes", json!({}));
+    let of = |all: &Value| {
+        let list = all.as_array().unwrap();
+        list.iter().find(|n| n["node-name"] == "top").unwrap().clone()
+    };
+    let n = of(&all);
+    assert_eq!((&n["backing_file_depth"], &n["backing_file"]), (&json!(1), &json!(base)));
+    let image = &n["image"];
+    assert_eq!(image["backing-filename"], "base.raw", "as the image names it");
+    assert_eq!(image["full-backing-filename"], json!(base));
+    assert_eq!(image["backing-filename-format"], "raw");
+    assert_eq!(image["backing-image"]["filename"], json!(base));
+    assert_eq!(image["backing-image"]["format"], "raw");
+    assert_eq!(image["format-specific"]["data"]["compat"], "1.1");
+    let n = of(&q.ok("query-named-block-nodes", json!({"flat": true})));
+    assert_eq!(n["backing_file_depth"], 0);
+    assert!(n["image"].get("backing-image").is_none());
+    // What only options can say is a json: name.
+    q.ok("blockdev-del", json!({"node-name": "top"}));
+    let add = json!({"driver": "qcow2", "node-name": "top", "file": file, "backing": null});
+    q.ok("blockdev-add", add);
+    let n = of(&q.ok("query-named-block-nodes", json!({})));
+    let name = n["file"].as_str().unwrap().strip_prefix("json:").unwrap();
+    let options: Value = serde_json::from_str(name).unwrap();
+    assert_eq!(options["backing"], Value::Null);
+    assert_eq!(options["file"]["filename"], json!(top));
+    // … and opens the same again.
+    let mut again = options.clone();
+    again["node-name"] = json!("again");
+    q.ok("blockdev-del", json!({"node-name": "top"}));
+    q.ok("blockdev-add", again);
+}
+
+#[test]
+fn statistics_are_the_drives_and_go_down_to_the_backing_file() {
+    let dir = Scratch::new("query-stats");
+    let Some((_, top)) = chain(&dir) else { return };
+    let mut q = Qmp::new();
+    let file = json!({"driver": "file", "filename": top});
+    q.ok("blockdev-add", json!({"driver": "qcow2", "node-name": "top", "file": file}));
+    let node = q.vm.graph.find("top").cloned();
+    let spec = HandleSpec { name: "d0".into(), ..HandleSpec::default() };
+    let vm = &mut q.vm;
+    let disk = vm.drives.add(&mut vm.graph, node, spec, false).unwrap();
+    let mut data = [0; 4096];
+    disk.read(0, &mut IovMut::from_slice(&mut data)).unwrap();
+    assert_eq!(data, [7; 4096]);
+    disk.write(65536, &Iov::from_slice(&[1; 512]), Default::default()).unwrap();
+    assert!(disk.read(1 << 20, &mut IovMut::from_slice(&mut data)).is_err());
+    let all = q.ok("query-blockstats", json!({}));
+    let d = &all[0];
+    let s = &d["stats"];
+    assert_eq!((&d["device"], &d["node-name"]), (&json!("d0"), &json!("top")));
+    assert_eq!((&s["rd_bytes"], &s["rd_operations"]), (&json!(4096), &json!(1)));
+    assert_eq!(s["failed_rd_operations"], 1);
+    assert_eq!((&s["wr_bytes"], &s["wr_highest_offset"]), (&json!(512), &json!(66048)));
+    assert!(s["idle_time_ns"].is_u64() && s["account_failed"] == true);
+    assert!(d["parent"]["stats"]["wr_highest_offset"].as_u64().unwrap() > 65536);
+    assert_eq!(d["parent"]["driver-specific"]["driver"], "file");
+    assert_eq!(d["parent"]["stats"]["account_failed"], false);
+    assert_eq!(d["backing"]["stats"]["wr_highest_offset"], 0);
+    assert!(d["backing"]["parent"]["node-name"].is_string(), "the raw node's file");
+    let block = q.ok("query-block", json!({}));
+    assert_eq!(block[0]["device"], "d0");
+    assert_eq!(block[0]["removable"], true, "no device has it");
+    assert!(block[0].get("qdev").is_none() && block[0].get("io-status").is_none());
+}
+
+#[test]
+fn an_empty_drive_has_no_medium() {
+    let mut q = Qmp::new();
+    let spec = HandleSpec { name: "d0".into(), ..HandleSpec::default() };
+    let vm = &mut q.vm;
+    vm.drives.add(&mut vm.graph, None, spec, false).unwrap();
+    let block = q.ok("query-block", json!({}));
+    assert!(block[0].get("inserted").is_none());
+    let stats = q.ok("query-blockstats", json!({}));
+    assert!(stats[0].get("node-name").is_none() && stats[0].get("parent").is_none());
+    assert_eq!(stats[0]["stats"]["wr_highest_offset"], 0);
+    assert_eq!(q.err("block_resize", json!({"device": "d0", "size": 512})), "Device 'd0' has no medium");
+}
+
+#[test]
+fn options_of_a_node_are_shown() {
+    let dir = Scratch::new("query-options");
+    let path = dir.file("a", 1 << 20);
+    let mut q = Qmp::new();
+    q.ok(
+        "blockdev-add",
+        json!({"driver": "raw", "node-name": "r", "discard": "unmap", "detect-zeroes": "unmap",
+               "cache": {"no-flush": true, "writeback": false}, "read-only": true, "offset": 512,
+               "file": {"driver": "file", "filename": path}}),
+    );
+    let all = q.ok("query-named-block-nodes", json!({}));
+    let n = &all[0];
+    assert_eq!((&n["detect_zeroes"], &n["ro"]), (&json!("unmap"), &json!(true)));
+    assert_eq!(n["cache"], json!({"writeback": false, "direct": false, "no-flush": true}));
+    assert!(n["file"].as_str().unwrap().contains("\"offset\":512"), "{}", n["file"]);
+    assert_eq!(all[1]["cache"]["no-flush"], true, "inherited");
+    assert_eq!(all[1]["ro"], true);
+}
