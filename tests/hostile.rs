@@ -93,9 +93,9 @@ fn impossible_queues_break_the_device_at_driver_ok() {
         (64, LOW - 16, good.2, good.3),
         (64, good.1, LOW - 2, good.3),
         (64, good.1, good.2, LOW - 4),
-        (64, u64::MAX & !15, good.2, good.3),
-        (64, good.1, u64::MAX & !1, good.3),
-        (64, good.1, good.2, u64::MAX & !3),
+        (64, !15u64, good.2, good.3),
+        (64, good.1, !1u64, good.3),
+        (64, good.1, good.2, !3u64),
         (64, HIGH + HIGH_LEN - 64, good.2, good.3),
     ];
     for (n, (size, desc, avail, used)) in [good].iter().chain(&wrong).enumerate() {

@@ -41,6 +41,8 @@ wire_struct! {
     }
 }
 
+// The macro derives what all structs have, which is not this.
+#[allow(clippy::derivable_impls)]
 impl Default for TapOptions {
     fn default() -> TapOptions {
         TapOptions {

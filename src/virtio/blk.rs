@@ -168,10 +168,10 @@ pub struct Disk {
 impl Disk {
     fn resized(&self, bytes: u64) {
         let sectors = bytes / SECTOR;
-        if self.capacity.swap(sectors, Ordering::Relaxed) != sectors {
-            if let Some(transport) = self.transport.get() {
-                transport.config_changed();
-            }
+        if self.capacity.swap(sectors, Ordering::Relaxed) != sectors
+            && let Some(transport) = self.transport.get()
+        {
+            transport.config_changed();
         }
     }
 }

@@ -221,12 +221,12 @@ impl Disk {
         let block = u64::from(self.block_size);
         let off = sector.checked_mul(SECTOR)?;
         let end = off.checked_add(len)?;
-        let whole = off % block == 0 && len % block == 0;
+        let whole = off.is_multiple_of(block) && len.is_multiple_of(block);
         (whole && len <= MAX_DATA && end <= self.capacity.load(Ordering::Relaxed) * SECTOR).then_some(off)
     }
 
     fn segments(&self, readable: &Iov, len: usize, kind: Kind, max: u32) -> Result<Vec<Range>, Bad> {
-        if self.read_only || len == 0 || len % SEGMENT != 0 || len / SEGMENT > MAX_SEGMENTS {
+        if self.read_only || len == 0 || !len.is_multiple_of(SEGMENT) || len / SEGMENT > MAX_SEGMENTS {
             return Err(Bad::Request(S_IOERR, Some(kind)));
         }
         let mut bytes = vec![0; len];

@@ -540,7 +540,7 @@ fn answers_of_a_fast_disk_share_interrupts_and_those_of_a_slow_one_do_not() {
         }
     };
     let (mut rig, _, state) = rig(BlkConfig::default());
-    let mut interrupts = |rig: &mut Rig, n: u64| {
+    let interrupts = |rig: &mut Rig, n: u64| {
         rig.kick(0);
         (0..n).for_each(|_| _ = rig.answer(0));
         rig.pause();

@@ -21,6 +21,12 @@ pub struct GuestRam {
     around: Vec<(usize, usize)>,
 }
 
+impl Default for GuestRam {
+    fn default() -> GuestRam {
+        GuestRam::new()
+    }
+}
+
 impl GuestRam {
     /// Zeroed.
     pub fn new() -> GuestRam {
