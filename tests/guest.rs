@@ -421,3 +421,26 @@ fn random_bytes() {
     assert_eq!(bytes[..3], ["32", "random", "bytes:"], "{out}");
     assert!(bytes[3..].iter().any(|b| b != &bytes[3]), "{out}");
 }
+
+#[test]
+fn a_ping_through_a_tap() {
+    if !have_kvm() || !have("unshare", "util-linux") {
+        return;
+    }
+    // A network namespace of its own needs root; so does making the tap.
+    let setup = "ip tuntap add dev t0 mode tap && ip addr add 192.0.2.1/24 dev t0 && ip link set t0 up";
+    let probe = Command::new("unshare").args(["-n", "sh", "-c", setup]).output().unwrap();
+    if !probe.status.success() {
+        let why = String::from_utf8_lossy(&probe.stderr).trim().to_string();
+        kit::skip(&format!("a tap ({why})"), "run the tests as root, with iproute2 and /dev/net/tun");
+        return;
+    }
+    let dir = Dir::new();
+    let path = dir.join("config.toml");
+    let netdev = "[[netdev]]\ntype = \"tap\"\nid = \"n\"\nifname = \"t0\"\nscript = \"no\"\ndownscript = \"no\"\n\
+                  [[device]]\ndriver = \"virtio-net-pci\"\nnetdev = \"n\"\n";
+    std::fs::write(&path, config("net").replace("@GUEST", guest().to_str().unwrap()) + netdev).unwrap();
+    let mut command = Command::new("unshare");
+    command.args(["-n", "sh", "-c", &format!("{setup} && exec \"$@\""), "sh", MINIVMM]).arg(path);
+    assert_eq!(Vm::spawn(dir, command).wait_exit(0), "ping 1: ok\nping 2: ok\nping 3: ok\n");
+}
