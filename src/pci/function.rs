@@ -209,12 +209,12 @@ impl Function {
         let target = self.window_target(&config, off, data.len());
         drop(config);
         let mut messages = self.device.msix().is_some_and(Msix::is_enabled);
-        if let (Some(msix), Some((at, control))) = (self.device.msix(), control) {
-            if touches(at + 2, 2) {
-                msix.set_control(control);
-                messages = msix.is_enabled();
-                self.pin.set_off(messages || command & reg::COMMAND_INTX_DISABLE != 0);
-            }
+        if let (Some(msix), Some((at, control))) = (self.device.msix(), control)
+            && touches(at + 2, 2)
+        {
+            msix.set_control(control);
+            messages = msix.is_enabled();
+            self.pin.set_off(messages || command & reg::COMMAND_INTX_DISABLE != 0);
         }
         if touches(reg::COMMAND, 2) {
             self.pin.set_off(messages || command & reg::COMMAND_INTX_DISABLE != 0);
@@ -259,10 +259,10 @@ impl Function {
 
     fn map(&self, mapped: &mut [Option<u64>], wanted: &[Option<u64>]) {
         for (now, want) in mapped.iter_mut().zip(wanted) {
-            if now != want {
-                if let Some(base) = now.take() {
-                    self.bus.remove(base);
-                }
+            if now != want
+                && let Some(base) = now.take()
+            {
+                self.bus.remove(base);
             }
         }
         for ((now, want), bar) in mapped.iter_mut().zip(wanted).zip(&self.bars) {

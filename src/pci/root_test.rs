@@ -121,7 +121,9 @@ fn slots_are_given_out_once() {
     assert_eq!(text(Some(5)), "PCI: slot 5 function 0 not available for dummy, in use by dummy");
     assert!(text(Some(0)).contains("in use by host bridge"));
     assert_eq!(text(Some(32)), "PCI: there is no slot 32");
-    (0..29).for_each(|_| drop(r.plug(Dummy::new(0x1000, true), None).unwrap()));
+    for _ in 0..29 {
+        r.plug(Dummy::new(0x1000, true), None).unwrap();
+    }
     assert_eq!(text(None), "PCI: no slot/function available for dummy, all in use or reserved");
     assert!(r.root.unplug(7) && !r.root.unplug(7) && !r.root.unplug(77));
     assert_eq!(r.plug(Dummy::new(0x1000, true), None).unwrap(), 7);
@@ -245,6 +247,17 @@ fn unplugging_waits_for_processors_inside() {
 }
 
 #[test]
+fn a_bar_that_moves_too_late_stays_off_the_bus() {
+    let r = rig();
+    let slot = r.plug(Dummy::new(0x1000, true), None).unwrap();
+    let base = u64::from(r.r32(Rig::c(slot, 0x10)) & !0xf);
+    let late = r.mmio.write(Rig::c(slot, reg::COMMAND), &[2, 0]);
+    assert!(r.root.unplug(slot));
+    run(late);
+    assert_eq!(r.r32(base), u32::MAX);
+}
+
+#[test]
 fn processors_and_control_may_do_everything_at_once() {
     let r = rig();
     let stop = Arc::new(AtomicUsize::new(0));
@@ -278,7 +291,9 @@ fn processors_and_control_may_do_everything_at_once() {
             r.root.reset();
         }
     }
-    (1..8).for_each(|slot| drop(r.root.unplug(slot)));
+    for slot in 1..8 {
+        r.root.unplug(slot);
+    }
     stop.store(1, Ordering::SeqCst);
     threads.into_iter().for_each(|t| t.join().unwrap());
     for addr in (WINDOW.start..WINDOW.end).step_by(0x1000) {

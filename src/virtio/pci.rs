@@ -528,11 +528,7 @@ impl BusDevice for Bar {
             }
             ISR => data[0] = self.0.up.take_isr(),
             DEVICE..NOTIFY => self.0.device.read_config(off - DEVICE, data),
-            PBA.. => {
-                if !self.0.up.msix.read(off, data) {
-                    data.fill(0);
-                }
-            }
+            PBA.. if !self.0.up.msix.read(off, data) => data.fill(0),
             _ => {}
         }
     }

@@ -457,7 +457,9 @@ fn several_workers_serve_one_queue_at_once() {
     d.kick(0);
     until(|| (echo.gate.waiting.load(Ordering::SeqCst) == 4).then_some(()));
     echo.gate.open();
-    (0..4).for_each(|_| drop(until(|| rings[0].answer())));
+    for _ in 0..4 {
+        until(|| rings[0].answer());
+    }
 }
 
 #[test]
@@ -482,7 +484,7 @@ fn one_queue_is_reset_while_the_other_goes_on() {
     // Coming back with nonsense breaks the device.
     d.select(0);
     d.bus.w16(d.common + 0x3a, 1);
-    d.place_queue(0, 16, u64::MAX & !15, 0x2000, 0x3000);
+    d.place_queue(0, 16, !15, 0x2000, 0x3000);
     d.enable_queue(0);
     assert_ne!(d.status() & pci::NEEDS_RESET, 0);
 }

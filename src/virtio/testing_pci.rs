@@ -85,6 +85,12 @@ pub struct Board {
 /// The window for BARs.
 pub const WINDOW: std::ops::Range<u64> = 0xc000_0000..0xe000_0000;
 
+impl Default for Board {
+    fn default() -> Board {
+        Board::new()
+    }
+}
+
 impl Board {
     /// Nothing is plugged.
     pub fn new() -> Board {

@@ -100,7 +100,7 @@ fn no_wake_up_is_lost() {
         };
         let crew = r.crew((0..workers).map(worker).collect());
         let (mut kicks, mut x) = (0, 0x1234_5678_9abc_def1u64);
-        let end = Instant::now() + Duration::from_secs(60);
+        let end = Instant::now() + Duration::from_secs(20);
         for _ in 0..10_000 {
             x ^= x << 13;
             x ^= x >> 7;
@@ -131,7 +131,9 @@ fn a_burst_needs_one_kick() {
     std::thread::sleep(Duration::from_millis(20));
     let kicks = (0..10).filter(|_| r.offer()).count();
     assert_eq!(kicks, 1);
-    (0..10).for_each(|_| drop(until(|| r.ring.answer())));
+    for _ in 0..10 {
+        until(|| r.ring.answer());
+    }
 }
 
 /// Leaves everything in the queue; takes one request for each event of its source.
@@ -162,7 +164,9 @@ fn a_queue_left_full_on_purpose_costs_nothing_until_its_source_is_ready() {
     let (source, calls) = (Arc::new(EventFd::new(0).unwrap()), Arc::new(AtomicUsize::new(0)));
     let worker = OnDemand { source: source.clone(), calls: calls.clone() };
     let crew = r.crew(vec![(Box::new(worker), own(0))]);
-    (0..5).for_each(|_| drop(r.offer()));
+    for _ in 0..5 {
+        r.offer();
+    }
     std::thread::sleep(Duration::from_millis(50));
     let before = calls.load(Ordering::SeqCst);
     assert!(before < 20, "{before} calls: it spins");
