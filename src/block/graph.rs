@@ -43,6 +43,8 @@ pub struct Graph {
     nodes: Vec<Entry>,
     handles: Vec<Arc<Handle>>,
     holds: Vec<Hold>,
+    /// Names of the nodes that are being opened.
+    opening: Vec<String>,
     /// How many automatic names were given.
     named: u64,
     ages: u64,
@@ -144,7 +146,7 @@ impl Graph {
         if !name.is_empty() && self.handles.iter().any(|h| h.name() == name) {
             bail!("node-name={name} is conflicting with a device id");
         }
-        if self.find(name).is_some() {
+        if self.find(name).is_some() || self.opening.iter().any(|n| n == name) {
             bail!("Duplicate nodes with node-name='{name}'");
         }
         if name.len() > NAME_MAX {
@@ -166,6 +168,16 @@ impl Graph {
     }
 
     // ---- nodes come and go
+
+    /// A node of that name is being opened: no child of it may take the name.
+    pub(super) fn begin(&mut self, name: &str) {
+        self.opening.push(name.to_string());
+    }
+
+    /// It is open, or cannot be.
+    pub(super) fn end(&mut self, name: &str) {
+        self.opening.retain(|n| n != name);
+    }
 
     /// Enters a node that its driver has opened, in place of the holds of `who`.
     pub(super) fn insert(&mut self, node: Arc<Node>, age: u64) -> Result<()> {

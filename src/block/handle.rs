@@ -244,9 +244,7 @@ impl Handle {
 
     /// Makes `len` bytes at `off` read as zeroes.
     pub fn zero(&self, off: u64, len: u64, flags: Flags) -> io::Result<()> {
-        let unmap = flags.contains(Flags::MAY_UNMAP);
-        let kind = if unmap { Kind::Unmap } else { Kind::Write };
-        self.counted(kind, len, |n| {
+        self.counted(Kind::Write, len, |n| {
             self.allowed(Perm::WRITE)?;
             in_bounds(n, off, len)?;
             n.zero(off, len, self.with_cache(flags))

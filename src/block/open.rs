@@ -146,7 +146,7 @@ pub trait Env {
 /// Opens a node and what it holds inline. Nobody uses it yet: attach a handle, or
 /// [`own`](Graph::own) it, before anything else is opened or deleted.
 pub fn open(graph: &mut Graph, env: &dyn Env, plan: Plan) -> Result<Arc<Node>> {
-    open_node(graph, env, plan, Vec::new())
+    open_node(graph, env, plan, Vec::new(), 1)
 }
 
 /// `blockdev-add`: opens a node that stays until it is deleted.
@@ -156,7 +156,16 @@ pub fn add(graph: &mut Graph, env: &dyn Env, plan: Plan) -> Result<Arc<Node>> {
     Ok(node)
 }
 
-fn open_node(graph: &mut Graph, env: &dyn Env, plan: Plan, chain: Vec<(u64, u64)>) -> Result<Arc<Node>> {
+fn open_node(
+    graph: &mut Graph,
+    env: &dyn Env,
+    plan: Plan,
+    chain: Vec<(u64, u64)>,
+    depth: usize,
+) -> Result<Arc<Node>> {
+    if depth > perm::MAX_DEPTH {
+        bail!("the definition is nested more than {} deep", perm::MAX_DEPTH);
+    }
     let name = match plan.common.node_name.clone() {
         Some(name) => {
             graph.check_name(&name)?;
@@ -165,15 +174,13 @@ fn open_node(graph: &mut Graph, env: &dyn Env, plan: Plan, chain: Vec<(u64, u64)
         None => graph.auto_name(),
     };
     let options = plan.common.resolve()?;
-    let mut cx = Opening { graph, env, name, options, age: None, chain };
+    graph.begin(&name);
+    let mut cx = Opening { graph, env, name, options, age: None, chain, depth };
     let opened = plan.driver.open(&mut cx);
     let age = cx.age();
     let Opening { graph, name, options, .. } = cx;
+    graph.end(&name);
     let done = opened.and_then(|driver| {
-        // An inline child may have taken the name meanwhile.
-        if graph.find(&name).is_some() {
-            bail!("Duplicate nodes with node-name='{name}'");
-        }
         let node = Node::new(name.clone(), driver, options);
         match graph.insert(node.clone(), age) {
             Ok(()) => Ok(node),
@@ -198,6 +205,8 @@ pub struct Opening<'a> {
     age: Option<u64>,
     /// The files below the nodes whose backing chain this node is in.
     chain: Vec<(u64, u64)>,
+    /// How many nodes are being opened, this one included.
+    depth: usize,
 }
 
 impl Opening<'_> {
@@ -245,7 +254,7 @@ impl Opening<'_> {
             }
             Child::New(mut plan) => {
                 plan.common.inherit(&self.options, role == "backing");
-                open_node(self.graph, self.env, *plan, chain)?
+                open_node(self.graph, self.env, *plan, chain, self.depth + 1)?
             }
         };
         if let Some(id) = node.driver.file_id()

@@ -78,32 +78,43 @@ fn key(node: &Arc<Node>) -> *const Node {
     Arc::as_ptr(node)
 }
 
-/// All nodes, every one before its children. Fails when there is a cycle.
+/// The most nodes on a way from the top of the graph to its bottom. Requests go down by recursion,
+/// on threads with [`IO_STACK`](crate::sys::thread::IO_STACK).
+pub(super) const MAX_DEPTH: usize = 256;
+
+/// All nodes, every one before its children. Fails when there is a cycle, or a way that is too
+/// long.
 pub(super) fn order(nodes: &[Arc<Node>]) -> Result<Vec<Arc<Node>>> {
-    // 1: on the path from the start to here; 2: done.
-    fn visit(node: &Arc<Node>, marks: &mut HashMap<*const Node, u8>, out: &mut Vec<Arc<Node>>) -> Result<()> {
-        match marks.insert(key(node), 1) {
-            Some(2) => {
-                marks.insert(key(node), 2);
-                return Ok(());
-            }
-            Some(_) => {
+    /// Per node: `None` while it is on the path from the start to here, then its height.
+    type Heights = HashMap<*const Node, Option<usize>>;
+    fn visit(node: &Arc<Node>, seen: &mut Heights, out: &mut Vec<Arc<Node>>) -> Result<usize> {
+        match seen.get(&key(node)) {
+            Some(Some(height)) => return Ok(*height),
+            Some(None) => {
                 return Err(Error::new(format!("Node '{}' would be its own child", node.name)));
             }
             None => {}
         }
+        seen.insert(key(node), None);
+        let mut height = 0;
         for edge in node.driver.edges() {
             if let Some(child) = edge.node() {
-                visit(&child, marks, out)?;
+                height = height.max(visit(&child, seen, out)?);
             }
         }
-        marks.insert(key(node), 2);
+        height += 1;
+        if height > MAX_DEPTH {
+            let name = &node.name;
+            let text = format!("Node '{name}' would stand on more than {MAX_DEPTH} others");
+            return Err(Error::new(text));
+        }
+        seen.insert(key(node), Some(height));
         out.push(node.clone());
-        Ok(())
+        Ok(height)
     }
-    let (mut marks, mut out) = (HashMap::new(), Vec::new());
+    let (mut seen, mut out) = (Heights::new(), Vec::new());
     for node in nodes {
-        visit(node, &mut marks, &mut out)?;
+        visit(node, &mut seen, &mut out)?;
     }
     out.reverse();
     Ok(out)

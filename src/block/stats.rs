@@ -10,11 +10,11 @@ use std::time::Instant;
 pub enum Kind {
     /// Read.
     Read,
-    /// Write, and write-zeroes without unmap.
+    /// Write, and write-zeroes.
     Write,
     /// Flush.
     Flush,
-    /// Discard, and write-zeroes with unmap.
+    /// Discard.
     Unmap,
 }
 

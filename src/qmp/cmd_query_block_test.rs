@@ -124,3 +124,78 @@ fn options_of_a_node_are_shown() {
     assert_eq!(all[1]["cache"]["no-flush"], true, "inherited");
     assert_eq!(all[1]["ro"], true);
 }
+
+/// Requests go down a chain by recursion, on threads whose stacks are small.
+#[test]
+fn the_longest_chain_fits_on_a_workers_stack() {
+    let dir = Scratch::new("query-deep");
+    let Some(img) = qemu("qemu-img") else { return };
+    let mut below = "n0.raw".to_string();
+    std::fs::write(dir.path(&below), vec![9; 1 << 20]).unwrap();
+    // One image, copied with another name in its header: making 200 with qemu-img takes long.
+    let run = |args: &[&str]| {
+        let out = std::process::Command::new(&img).args(args).output().unwrap();
+        assert!(out.status.success(), "{out:?}");
+    };
+    let first = dir.path("n001");
+    run(&["create", "-q", "-f", "qcow2", "-b", "n0.raw", "-F", "raw", &first]);
+    let second = dir.path("n2");
+    run(&["create", "-q", "-f", "qcow2", "-b", "n001", "-F", "qcow2", &second]);
+    let bytes = std::fs::read(&second).unwrap();
+    let at = bytes.windows(4).position(|w| w == b"n001").unwrap();
+    for i in 2..200 {
+        let mut copy = bytes.clone();
+        copy[at..at + 4].copy_from_slice(format!("n{:03}", i - 1).as_bytes());
+        below = format!("n{i:03}");
+        std::fs::write(dir.path(&below), copy).unwrap();
+    }
+    let file = json!({"driver": "file", "filename": dir.path(&below)});
+    let on_control = move || deep(file);
+    crate::sys::thread::spawn("control", MAIN_STACK, on_control).unwrap().join().unwrap();
+}
+
+/// What the main thread has by default (`ulimit -s`).
+const MAIN_STACK: usize = 8 << 20;
+
+fn deep(file: Value) {
+    let mut q = Qmp::new();
+    q.ok("blockdev-add", json!({"driver": "qcow2", "node-name": "top", "file": file}));
+    let all = q.ok("query-named-block-nodes", json!({}));
+    assert_eq!(all.as_array().unwrap().len(), 400);
+    let node = q.vm.graph.find("top").cloned();
+    let disk = q.vm.graph.attach(node, HandleSpec::default()).unwrap();
+    let work = move || {
+        let mut data = [0; 4096];
+        disk.read(512, &mut IovMut::from_slice(&mut data)).unwrap();
+        assert_eq!(data, [9; 4096]);
+        disk.write(70000, &Iov::from_slice(&[1; 512]), Default::default()).unwrap();
+        disk.zero(140000, 512, Default::default()).unwrap();
+        disk.discard(0, 65536).unwrap();
+        disk.flush().unwrap();
+    };
+    // A release build needs less; half of it must do for a debug build.
+    let half = crate::sys::thread::IO_STACK / 2;
+    crate::sys::thread::spawn("deep", half, work).unwrap().join().unwrap();
+}
+
+#[test]
+fn a_graph_has_a_greatest_depth() {
+    let climb = || {
+        let mut q = Qmp::new();
+        q.ok("blockdev-add", json!({"driver": "null-co", "node-name": "r0"}));
+        for i in 1..256 {
+            let (name, file) = (format!("r{i}"), format!("r{}", i - 1));
+            q.ok("blockdev-add", json!({"driver": "raw", "node-name": name, "file": file}));
+        }
+        let more = json!({"driver": "raw", "node-name": "more", "file": "r255"});
+        assert_eq!(q.err("blockdev-add", more), "Node 'more' would stand on more than 256 others");
+        let mut nested = json!({"driver": "null-co"});
+        for _ in 0..1000 {
+            nested = json!({"driver": "raw", "file": nested});
+        }
+        assert_eq!(q.err("blockdev-add", nested), "the definition is nested more than 256 deep");
+        let all = q.ok("query-named-block-nodes", json!({"flat": true}));
+        assert_eq!(all.as_array().unwrap().len(), 256);
+    };
+    crate::sys::thread::spawn("control", MAIN_STACK, climb).unwrap().join().unwrap();
+}

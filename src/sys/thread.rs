@@ -9,6 +9,10 @@ use std::thread::{Builder, JoinHandle};
 /// Stack of a device's or a backend's thread. Deep recursion is a defect there.
 pub const SMALL_STACK: usize = 128 << 10;
 
+/// Stack of a thread that makes disk requests: they go down a chain of images by recursion, and
+/// the longest chain that can be opened must fit.
+pub const IO_STACK: usize = 1 << 20;
+
 /// Starts a thread; the kernel keeps the first 15 bytes of `name`. Errors: EAGAIN when the
 /// system's or the cgroup's limit of threads is reached.
 pub fn spawn<T: Send + 'static>(

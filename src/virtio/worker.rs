@@ -21,7 +21,7 @@ use super::device::{Task, Thread, Transport, Worker};
 use super::kick::{Kick, Waker};
 use super::queue::{Halt, Queue};
 use crate::sys::poll::{PollSet, Token};
-use crate::sys::thread::{SMALL_STACK, panic_text, spawn};
+use crate::sys::thread::{IO_STACK, panic_text, spawn};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -73,7 +73,7 @@ impl Loop {
         });
         let theirs = this.clone();
         // A name is a C string.
-        let thread = spawn(&name.replace('\0', "?"), SMALL_STACK, move || theirs.run())?;
+        let thread = spawn(&name.replace('\0', "?"), IO_STACK, move || theirs.run())?;
         *this.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
         Ok(this)
     }
