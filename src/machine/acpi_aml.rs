@@ -81,7 +81,7 @@ pub fn dsdt(layout: &Layout, platform: &Platform) -> Vec<u8> {
     out
 }
 
-/// The PCI root bridge. It has no port window: no device has port BARs; no _PRT: none has INTx.
+/// The PCI root bridge. It has no port window: no device has port BARs.
 fn pci(layout: &Layout) -> Vec<u8> {
     use AddressSpaceCacheable::{NotCacheable, PreFetchable};
     let (low, high) = (layout::MMIO32, &layout.mmio64);
@@ -90,8 +90,16 @@ fn pci(layout: &Layout) -> Vec<u8> {
     let low = AddressSpace::new_memory(NotCacheable, true, low.start as u32, low.end as u32 - 1, None);
     let high = AddressSpace::new_memory(PreFetchable, true, high.start, high.end - 1, None);
     let crs = ResourceTemplate::new(vec![&buses, &low, &high]);
-    let parts: [&dyn Aml; 6] = [
+    // INTA# of each slot (ACPI 6.5, 6.2.13), for drivers that use no MSI-X: address, pin, no link
+    // device, IOAPIC pin.
+    let routes: Vec<_> =
+        (1..32u32).map(|slot| (slot << 16 | 0xffff, layout::PCI_IRQ + (slot % 4) as u8)).collect();
+    let routes: Vec<_> =
+        routes.iter().map(|(address, pin)| Package::new(vec![address, &ZERO, &ZERO, pin])).collect();
+    let routes = Package::new(routes.iter().map(|route| route as &dyn Aml).collect());
+    let parts: [&dyn Aml; 7] = [
         &name("_HID", &EISAName::new("PNP0A08")),
+        &name("_PRT", &routes),
         &name("_CID", &EISAName::new("PNP0A03")),
         &name("_SEG", &ZERO),
         &name("_BBN", &ZERO),
