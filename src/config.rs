@@ -245,12 +245,11 @@ pub(crate) fn names(top: &Top) -> Vec<(&'static str, String, Place)> {
         "netdev" => "netdev id",
         _ => return all,
     };
-    if let Node::Table(members) = &top.item.node {
-        if let Some(m) = members.iter().find(|m| m.key == "id") {
-            if let Node::Str(s) = &m.item.node {
-                all.push((space, s.clone(), m.item.at.clone()));
-            }
-        }
+    if let Node::Table(members) = &top.item.node
+        && let Some(m) = members.iter().find(|m| m.key == "id")
+        && let Node::Str(s) = &m.item.node
+    {
+        all.push((space, s.clone(), m.item.at.clone()));
     }
     all
 }

@@ -201,10 +201,10 @@ fn qmp(mut r: Reader) -> Result<Qmp, Fault> {
         r.string("tcp")?.map(QmpEnd::Tcp),
     ];
     let end = r.one_of(ends, "'socket', 'fd', 'stdio = true' or 'tcp'")?;
-    if let QmpEnd::Tcp(addr) = &end {
-        if addr.parse::<std::net::SocketAddr>().is_err() {
-            return Err(r.fault("tcp", "expects ADDRESS:PORT (127.0.0.1:4444)"));
-        }
+    if let QmpEnd::Tcp(addr) = &end
+        && !addr.parse::<std::net::SocketAddr>().is_ok_and(|a| a.ip().is_loopback())
+    {
+        return Err(r.fault("tcp", "expects ADDRESS:PORT on the loopback interface (127.0.0.1:4444)"));
     }
     let pretty = r.boolean("pretty")?.unwrap_or(false);
     r.finish()?;

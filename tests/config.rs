@@ -3,10 +3,12 @@
 //! Everything here runs with `accel = "none"`: it needs neither /dev/kvm nor root nor a network.
 
 use std::fs;
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 /// A directory of its own for each test, removed at the end.
 struct Dir(PathBuf);
@@ -54,7 +56,7 @@ fn minivmm(dir: &Path, args: &[&str], stdin: &str) -> Output {
         .unwrap();
     // A program that does not read its input closes it.
     let _ = child.stdin.take().unwrap().write_all(stdin.as_bytes());
-    child.wait_with_output().unwrap()
+    Running(child).wait()
 }
 
 fn stderr(out: &Output) -> String {
@@ -195,4 +197,385 @@ fn a_bad_configuration_is_named_by_line_and_column_and_changes_nothing() {
         assert_eq!(dir.state(), before, "something was made or changed by {text:?}");
     }
     assert!(wrong.is_empty(), "{} wrong:\n{}", wrong.len(), wrong.join("\n"));
+}
+
+/// What every table can say at once.
+const GOOD: &str = r#"
+[machine]
+name = "vm"
+uuid = "550e8400-e29b-41d4-a716-446655440000"
+memory = "16M"
+cpus = 2
+max-cpus = 4
+threads = 2
+accel = "none"
+paused = true
+reboot = "shutdown"
+shutdown = "pause"
+
+[[qmp]]
+socket = "qmp.sock"
+pretty = false
+
+[[serial]]
+file = "serial.log"
+
+[[blockdev]]
+driver = "raw"
+node-name = "fmt"
+read-only = true
+file = { driver = "file", filename = "disk.raw", node-name = "prot" }
+
+[[blockdev]]
+driver = "null-co"
+node-name = "null"
+size = 1048576
+
+[[drive]]
+if = "virtio"
+id = "d0"
+file = "other.raw"
+format = "raw"
+cache = "writethrough"
+discard = "unmap"
+detect-zeroes = "unmap"
+werror = "stop"
+rerror = "report"
+
+[[drive]]
+if = "none"
+snapshot = true
+file = "disk.raw"
+format = "raw"
+
+[[drive]]
+if = "none"
+
+[[device]]
+driver = "virtio-blk-pci"
+drive = "null"
+id = "vd0"
+
+[[device]]
+driver = "virtio-rng-pci"
+addr = "1f"
+
+[[device]]
+driver = "isa-debug-exit"
+"#;
+
+fn good(name: &str) -> Dir {
+    let dir = Dir::new(name);
+    dir.write("disk.raw", vec![7; 1 << 20]);
+    dir.write("other.raw", vec![8; 1 << 20]);
+    dir.write("c.toml", GOOD);
+    dir
+}
+
+/// A running program, killed when the test fails.
+struct Running(Child);
+
+impl Running {
+    fn start(dir: &Path, args: &[&str]) -> Running {
+        let child = Command::new(env!("CARGO_BIN_EXE_minivmm"))
+            .args(args)
+            .current_dir(dir)
+            .env_remove("MINIVMM_LOG")
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn();
+        Running(child.unwrap())
+    }
+
+    fn connect(&mut self, socket: &Path) -> Qmp {
+        let end = Instant::now() + Duration::from_secs(20);
+        let stream = loop {
+            match UnixStream::connect(socket) {
+                Ok(stream) => break stream,
+                Err(e) if Instant::now() > end => panic!("{}: {e}", socket.display()),
+                Err(_) => std::thread::sleep(Duration::from_millis(5)),
+            }
+            assert!(self.0.try_wait().unwrap().is_none(), "it ended");
+        };
+        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        let mut qmp = Qmp(BufReader::new(stream));
+        qmp.line();
+        qmp.ask("qmp_capabilities");
+        qmp
+    }
+
+    fn wait(mut self) -> Output {
+        let end = Instant::now() + Duration::from_secs(20);
+        while self.0.try_wait().unwrap().is_none() {
+            assert!(Instant::now() < end, "it does not end");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let mut out = Output { status: self.0.wait().unwrap(), stdout: Vec::new(), stderr: Vec::new() };
+        std::io::copy(&mut self.0.stdout.take().unwrap(), &mut out.stdout).unwrap();
+        std::io::copy(&mut self.0.stderr.take().unwrap(), &mut out.stderr).unwrap();
+        out
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+struct Qmp(BufReader<UnixStream>);
+
+impl Qmp {
+    fn line(&mut self) -> String {
+        let mut line = String::new();
+        self.0.read_line(&mut line).unwrap();
+        line
+    }
+
+    /// The answer, events left out.
+    fn ask(&mut self, command: &str) -> serde_json::Value {
+        writeln!(self.0.get_mut(), "{{\"execute\": \"{command}\"}}").unwrap();
+        loop {
+            let line = self.line();
+            assert!(!line.is_empty(), "no answer to {command}");
+            let mut v: serde_json::Value = serde_json::from_str(&line).unwrap();
+            if v.get("event").is_none() {
+                assert!(v.get("return").is_some(), "{command}: {line}");
+                return v["return"].take();
+            }
+        }
+    }
+}
+
+#[test]
+fn a_good_configuration_is_checked_without_a_trace_and_runs() {
+    let dir = good("good");
+    let before = dir.state();
+    let out = minivmm(&dir.0, &["--check", "c.toml"], "");
+    assert_eq!((out.status.code(), stderr(&out).as_str()), (Some(0), ""));
+    assert_eq!(dir.state(), before, "--check left a trace");
+
+    let mut vm = Running::start(&dir.0, &["c.toml"]);
+    let mut qmp = vm.connect(&dir.0.join("qmp.sock"));
+    assert_eq!(qmp.ask("query-name")["name"], "vm");
+    assert_eq!(qmp.ask("query-uuid")["UUID"], "550e8400-e29b-41d4-a716-446655440000");
+    assert_eq!(qmp.ask("query-status")["status"], "prelaunch");
+    assert_eq!(qmp.ask("query-cpus-fast").as_array().unwrap().len(), 2);
+    let blocks = qmp.ask("query-block");
+    let names: Vec<_> = blocks.as_array().unwrap().iter().map(|b| b["device"].as_str().unwrap()).collect();
+    assert_eq!(names, ["d0", "none0", "none1", ""]);
+    assert_eq!(blocks[0]["inserted"]["cache"]["writeback"], false);
+    assert_eq!(blocks[1]["inserted"]["drv"], "qcow2");
+    assert_eq!(blocks[1]["inserted"]["backing_file"], "disk.raw");
+    assert!(blocks[2].get("inserted").is_none());
+    qmp.ask("cont");
+    assert_eq!(qmp.ask("query-status")["status"], "running");
+    qmp.ask("quit");
+    assert!(qmp.line().is_empty(), "the connection is closed");
+    let out = vm.wait();
+    assert_eq!((out.status.code(), stderr(&out).as_str()), (Some(0), ""));
+    assert!(!dir.0.join("qmp.sock").exists(), "the socket stays behind");
+    let disks: Vec<_> =
+        dir.state().into_iter().filter(|(p, _)| p.extension().is_some_and(|e| e == "raw")).collect();
+    assert!(disks.iter().all(|d| before.contains(d)), "a disk has changed");
+}
+
+#[test]
+fn relative_paths_are_relative_to_the_file_and_overrides_win() {
+    let dir = good("relative");
+    let sub = dir.0.join("elsewhere");
+    fs::create_dir(&sub).unwrap();
+    let sets = [
+        "--set",
+        "machine.name=\"vm7\"",
+        "--set",
+        "qmp.0.socket=\"seven.sock\"",
+        "--set",
+        "machine.paused=false",
+    ];
+    let mut vm = Running::start(&sub, &[&sets[..], &["../c.toml"]].concat());
+    let mut qmp = vm.connect(&dir.0.join("seven.sock"));
+    assert_eq!(qmp.ask("query-name")["name"], "vm7");
+    assert_eq!(qmp.ask("query-status")["status"], "running");
+    assert!(dir.0.join("serial.log").exists());
+    // A second one of the fleet may not have the same disk for writing.
+    let out = minivmm(&dir.0, &["--set", "qmp.0.socket=\"eight.sock\"", "c.toml"], "");
+    assert_eq!(out.status.code(), Some(1));
+    let said = stderr(&out);
+    assert!(said.contains("minivmm: c.toml:32:1: [[drive]] Failed to get \"write\" lock\n"), "{said}");
+    assert!(said.contains("Is another process using the image [other.raw]?"), "{said}");
+    assert!(!dir.0.join("eight.sock").exists());
+    drop(qmp);
+    // SAFETY: the process is our child, and not waited for yet.
+    assert_eq!(unsafe { libc::kill(vm.0.id() as i32, libc::SIGTERM) }, 0);
+    let out = vm.wait();
+    assert_eq!((out.status.code(), stderr(&out).as_str()), (Some(0), ""));
+    assert!(!dir.0.join("seven.sock").exists());
+}
+
+#[test]
+fn standard_input_is_a_configuration() {
+    let dir = good("stdin");
+    let out = minivmm(&dir.0, &["--check", "-"], GOOD);
+    assert_eq!((out.status.code(), stderr(&out).as_str()), (Some(0), ""));
+    let out = minivmm(&dir.0, &["--check", "-"], &GOOD.replace("cpus = 2", "cpus = true"));
+    assert_eq!(out.status.code(), Some(1));
+    assert!(stderr(&out).starts_with("minivmm: <stdin>:6:1: [machine] 'cpus' must be"), "{}", stderr(&out));
+}
+
+#[test]
+fn the_command_line_speaks_plainly() {
+    let dir = Dir::new("argv");
+    let run = |args: &[&str]| minivmm(&dir.0, args, "");
+    for (args, want) in [
+        (&[][..], "minivmm: which configuration?"),
+        (&["none.toml"], "minivmm: none.toml: No such file or directory"),
+        (&["/"], "minivmm: /: Is a directory"),
+        (&["--frob"], "minivmm: unknown option '--frob'"),
+        (&["--help-qmp", "nosuch"], "minivmm: "),
+        (&["--log", "x", "c"], "minivmm: unknown level 'x'"),
+    ] {
+        let out = run(args);
+        assert_eq!(out.status.code(), Some(1), "{args:?}");
+        assert!(stderr(&out).starts_with(want), "{args:?}: {}", stderr(&out));
+    }
+    for (args, want) in [
+        (&["--help"][..], "Usage: minivmm"),
+        (&["--version"], "minivmm 0"),
+        (&["--help-qmp"], "query-status"),
+        (&["--help-qmp", "cont"], "RESUME"),
+    ] {
+        let out = run(args);
+        assert_eq!(out.status.code(), Some(0), "{args:?}");
+        assert!(String::from_utf8_lossy(&out.stdout).contains(want), "{args:?}");
+        assert!(out.stderr.is_empty());
+    }
+}
+
+#[test]
+fn a_descriptor_can_be_passed_as_monitor_and_into_a_set() {
+    use std::os::fd::AsRawFd;
+    let dir = good("passed");
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let disk = fs::OpenOptions::new().read(true).write(true).open(dir.0.join("other.raw")).unwrap();
+    let (monitor, file) = (theirs.as_raw_fd(), disk.as_raw_fd());
+    let text = format!(
+        "[machine]\naccel = 'none'\n[[qmp]]\nfd = {monitor}\n[[fdset]]\nfd = {file}\nset = 3\nopaque = 'x'\n\
+         [[drive]]\nif = 'none'\nformat = 'raw'\nfile = '/dev/fdset/3'\n"
+    );
+    dir.write("fd.toml", text);
+    // The shell lets the descriptors through: ours are close-on-exec.
+    let mut command = Command::new(env!("CARGO_BIN_EXE_minivmm"));
+    command
+        .arg("fd.toml")
+        .current_dir(&dir.0)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    for fd in [monitor, file] {
+        // SAFETY: the descriptor is open; only its flag changes.
+        assert_eq!(unsafe { libc::fcntl(fd, libc::F_SETFD, 0) }, 0);
+    }
+    let vm = Running(command.spawn().unwrap());
+    drop((theirs, disk));
+    ours.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    let mut qmp = Qmp(BufReader::new(ours));
+    qmp.line();
+    qmp.ask("qmp_capabilities");
+    let sets = qmp.ask("query-fdsets");
+    assert_eq!((&sets[0]["fdset-id"], &sets[0]["fds"][0]["opaque"]), (&3.into(), &"x".into()));
+    assert_eq!(qmp.ask("query-block")[0]["inserted"]["file"], "/dev/fdset/3");
+    qmp.ask("quit");
+    let out = vm.wait();
+    assert_eq!((out.status.code(), stderr(&out).as_str()), (Some(0), ""));
+}
+
+/// A xorshift generator; the seed is in the message of every failure.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self, below: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 % below as u64) as usize
+    }
+}
+
+/// Ways to break a text: bytes changed, removed, inserted, lines swapped or doubled, the end cut off.
+fn mutate(text: &[u8], r: &mut Random) -> Vec<u8> {
+    const TOKENS: &[&str] = &[
+        "[",
+        "]",
+        "[[",
+        "=",
+        "\"",
+        "'",
+        "{",
+        "}",
+        ".",
+        "#",
+        "\n",
+        "-1",
+        "1e9",
+        "true",
+        "99999999999999999999",
+        "é",
+        "\0",
+        "inf",
+    ];
+    let mut text = text.to_vec();
+    for _ in 0..=r.next(4) {
+        let at = r.next(text.len().max(1)).min(text.len());
+        match r.next(6) {
+            0 if at < text.len() => text[at] = r.next(256) as u8,
+            1 if at < text.len() => drop(text.remove(at)),
+            2 => drop(text.splice(at..at, TOKENS[r.next(TOKENS.len())].bytes())),
+            3 => text.truncate(at.max(1)),
+            _ => {
+                let mut lines: Vec<_> = text.split(|&b| b == b'\n').map(<[u8]>::to_vec).collect();
+                let (a, b) = (r.next(lines.len()), r.next(lines.len()));
+                if r.next(2) == 0 {
+                    lines.swap(a, b)
+                } else {
+                    lines.insert(a, lines[b].clone())
+                }
+                text = lines.join(&b'\n');
+            }
+        }
+    }
+    text
+}
+
+#[test]
+fn no_text_makes_it_panic() {
+    let seed = 0x6d69_6e69_766d_6d00 | u64::from(std::process::id() % 251);
+    let mut r = Random(seed);
+    let dir = good("mutations");
+    let disks =
+        |dir: &Dir| [fs::read(dir.0.join("disk.raw")).unwrap(), fs::read(dir.0.join("other.raw")).unwrap()];
+    let before = disks(&dir);
+    for round in 0..300 {
+        let text = mutate(GOOD.as_bytes(), &mut r);
+        fs::write(dir.0.join("m.toml"), &text).unwrap();
+        let out = minivmm(&dir.0, &["--check", "m.toml"], "");
+        let said = stderr(&out);
+        let shown = String::from_utf8_lossy(&text);
+        assert_eq!(out.status.signal(), None, "seed {seed:#x} round {round}: killed\n{shown}");
+        match out.status.code() {
+            Some(0) => assert_eq!(said, "", "seed {seed:#x} round {round}"),
+            Some(1) => {
+                let ok = said.lines().count() > 0 && said.lines().all(|l| l.starts_with("minivmm: m.toml"));
+                assert!(ok, "seed {seed:#x} round {round}: {said}\n{shown}");
+            }
+            code => panic!("seed {seed:#x} round {round}: exit {code:?}: {said}\n{shown}"),
+        }
+    }
+    assert!(disks(&dir) == before, "seed {seed:#x}: a disk has changed");
+    assert!(
+        !dir.0.join("qmp.sock").exists() && !dir.0.join("serial.log").exists(),
+        "seed {seed:#x}: a trace"
+    );
 }

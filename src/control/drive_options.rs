@@ -6,13 +6,16 @@
 use super::formats::{BlockdevDetectZeroesOptions, BlockdevDiscardOptions, BlockdevOptions, Formats, plan};
 use super::vm::Vm;
 use crate::bail;
+use crate::block::graph::Graph;
 use crate::block::handle::{HandleSpec, OnError};
 use crate::block::open;
-use crate::error::Result;
+use crate::error::{Error, Result, strerror};
 use crate::qapi::{Path, Rest, Wire};
+use crate::qcow2::create::{CreateOptions, create};
 use crate::{wire_enum, wire_struct};
 use serde_json::{Map, Value, json};
-use std::os::unix::fs::FileTypeExt;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 
 wire_enum! {
     /// How the guest reaches a drive.
@@ -100,6 +103,8 @@ wire_struct! {
         werror: Option<WriteErrorAction>,
         /// What is done about a failed read; `report` by default.
         rerror: Option<ReadErrorAction>,
+        /// Writes go to a temporary image and are forgotten at the end.
+        snapshot: Option<bool>,
         /// Any other member of `blockdev-add`.
         rest: Rest,
     }
@@ -164,7 +169,46 @@ fn protocol(name: &str) -> &'static str {
     }
 }
 
+/// A file without a name, for what is written to a drive with `snapshot`.
+fn temporary() -> Result<std::fs::File> {
+    let dir = std::env::var_os("TMPDIR").unwrap_or_else(|| "/var/tmp".into());
+    let mut how = std::fs::OpenOptions::new();
+    how.read(true).write(true).mode(0o600).custom_flags(libc::O_TMPFILE);
+    how.open(&dir).map_err(|e| {
+        let why = strerror(&e);
+        Error::new(format!("Could not create a temporary file in '{}': {why} (set TMPDIR)", dir.display()))
+    })
+}
+
 impl Vm {
+    /// The options of a temporary qcow2 image over the image that `base` describes, which is only
+    /// read from now on.
+    fn throwaway(&mut self, mut base: Map<String, Value>) -> Result<Map<String, Value>> {
+        base.insert("read-only".into(), true.into());
+        let mut graph = Graph::new();
+        let mut open = |graph: &mut Graph, args: &Map<String, Value>| {
+            let plan = plan(BlockdevOptions::take(Value::Object(args.clone()), &Path::Root)?)?;
+            open::add(graph, &Formats::new(&mut self.fds), plan)
+        };
+        let size = open(&mut graph, &base)?.len();
+        let file = temporary()?;
+        // The name leads to the file for as long as it is open here, and the node has its own
+        // descriptor then.
+        let name = format!("/proc/self/fd/{}", file.as_raw_fd());
+        let below = json!({ "driver": "file", "filename": name, "node-name": "temporary" });
+        let node = open(&mut graph, below.as_object().unwrap_or(&Map::new()))?;
+        let made = create(&node, &CreateOptions { size, ..CreateOptions::default() });
+        drop(node);
+        graph.close_all();
+        made.map_err(|e| Error::new(format!("Could not create a temporary image: {}", strerror(&e))))?;
+        self.temporary.push(file);
+        let cache = json!({ "direct": false, "no-flush": true });
+        let file = json!({ "driver": "file", "filename": name });
+        let over = json!({ "driver": "qcow2", "file": file, "backing": base, "cache": cache,
+                           "discard": "unmap" });
+        Ok(over.as_object().cloned().unwrap_or_default())
+    }
+
     /// Makes the drive that `args` (those of `-drive`) describe, and its device if it has one by
     /// itself.
     pub fn add_drive(&mut self, args: Map<String, Value>) -> Result<()> {
@@ -201,6 +245,7 @@ impl Vm {
             }
             None => None,
             Some(args) => {
+                let args = if options.snapshot == Some(true) { self.throwaway(args)? } else { args };
                 let plan = plan(BlockdevOptions::take(Value::Object(args), &Path::Root)?)?;
                 Some(open::open(&mut self.graph, &Formats::new(&mut self.fds), plan)?)
             }

@@ -16,6 +16,7 @@ use crate::net::netdev::Netdevs;
 use crate::sys::fdset::FdSets;
 use crate::sys::inbox::Inbox;
 use serde_json::{Map, Value, json};
+use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -147,6 +148,8 @@ pub struct Vm {
     pub graph: Graph,
     /// How many drives of each interface there were: `virtio`, `none`.
     pub(super) drive_numbers: (u32, u32),
+    /// Files without a name that drives with `snapshot` write to.
+    pub(super) temporary: Vec<File>,
     /// The guest devices.
     pub devices: Devices,
     /// The network backends.
@@ -173,6 +176,7 @@ impl Vm {
             board: None,
             graph: Graph::new(),
             drive_numbers: (0, 0),
+            temporary: Vec::new(),
             devices: Devices::default(),
             netdevs: Netdevs::default(),
             current_cpu: 0,

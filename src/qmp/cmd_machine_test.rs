@@ -14,12 +14,7 @@ struct Client {
 impl Client {
     fn new(settings: Settings) -> Client {
         let mut vm = Vm::new(settings).unwrap();
-        let config = MachineConfig {
-            memory: 16 << 20,
-            topology: vm.settings.topology,
-            accel: Accel::None,
-            ..Default::default()
-        };
+        let config = MachineConfig { memory: 16 << 20, topology: vm.settings.topology, accel: Accel::None };
         vm.machine = Some(Machine::new(&config, vm.events.clone()).unwrap());
         Client { vm, conn: Conn::new() }
     }
