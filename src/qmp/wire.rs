@@ -10,6 +10,7 @@
 //! the brackets balance; a byte that no token can have at its place drops the message at once.
 
 use serde_json::{Map, Number, Value};
+use std::io::Write;
 use std::mem;
 
 /// The most bytes of token text in one message, and in one token.
@@ -171,9 +172,10 @@ impl Parser {
                     at += 1;
                     if let State::String(quote) = next {
                         // The run up to the next byte that means something.
-                        let room = self.max_size.saturating_sub(self.token.len());
-                        let plain = |b: &&u8| (0x20..=0xfd).contains(*b) && **b != quote && **b != b'\\';
-                        at += input[at..].iter().take(room).take_while(plain).count();
+                        let room = self.max_size.saturating_sub(self.token.len()).min(input.len() - at);
+                        at += run(&input[at..at + room], |b| {
+                            (0x20..=0xfd).contains(&b) & (b != quote) & (b != b'\\')
+                        });
                     }
                     self.token.extend_from_slice(&input[from..at]);
                     self.state = next;
@@ -361,6 +363,13 @@ impl Build {
     }
 }
 
+/// How many of the first bytes are `plain`. In blocks, which the compiler makes vectors of.
+fn run(bytes: &[u8], plain: impl Fn(u8) -> bool) -> usize {
+    let blocks = bytes.chunks_exact(32).take_while(|block| block.iter().fold(true, |all, b| all & plain(*b)));
+    let whole = 32 * blocks.count();
+    whole + bytes[whole..].iter().take_while(|b| plain(**b)).count()
+}
+
 fn keyword(text: &[u8]) -> Result<Value, String> {
     match text {
         b"true" => Ok(Value::Bool(true)),
@@ -390,9 +399,9 @@ fn string(token: &[u8]) -> Result<String, String> {
     let mut out = String::with_capacity(text.len());
     let mut at = 0;
     while at < text.len() {
-        let run = text[at..].iter().take_while(|b| **b != b'\\').count();
-        utf8(&text[at..at + run], &mut out)?;
-        at += run;
+        let plain = run(&text[at..], |b| b != b'\\');
+        utf8(&text[at..at + plain], &mut out)?;
+        at += plain;
         if at == text.len() {
             break;
         }
@@ -493,9 +502,12 @@ fn write(value: &Value, indent: Option<usize>, out: &mut Vec<u8>) {
         Value::Null => out.extend_from_slice(b"null"),
         Value::Bool(b) => out.extend_from_slice(if *b { b"true" } else { b"false" }),
         Value::Number(n) => {
-            let text = n.to_string();
+            // Writing to a Vec cannot fail.
+            let _ = write!(out, "{n}");
             // A whole double is written as QEMU's %.17g does: 1, not 1.0.
-            out.extend_from_slice(text.strip_suffix(".0").unwrap_or(&text).as_bytes());
+            if n.is_f64() && out.ends_with(b".0") {
+                out.truncate(out.len() - 2);
+            }
         }
         Value::String(s) => write_string(s, out),
         Value::Array(list) => {
@@ -541,11 +553,11 @@ fn write_string(s: &str, out: &mut Vec<u8>) {
     out.push(b'"');
     let mut rest = s;
     loop {
-        let plain = |b: &u8| (0x20..0x7f).contains(b) && *b != b'"' && *b != b'\\';
-        let run = rest.as_bytes().iter().take_while(|b| plain(b)).count();
-        out.extend_from_slice(&rest.as_bytes()[..run]);
-        // All of the run is ASCII, so it ends at a character's boundary.
-        let mut chars = rest[run..].chars();
+        let plain = run(rest.as_bytes(), |b| (0x20..0x7f).contains(&b) & (b != b'"') & (b != b'\\'));
+        // All of these are ASCII, so they end at a character's boundary.
+        let (plain, other) = rest.split_at(plain);
+        out.extend_from_slice(plain.as_bytes());
+        let mut chars = other.chars();
         let Some(c) = chars.next() else { break };
         match c {
             '"' => out.extend_from_slice(b"\\\""),

@@ -189,6 +189,24 @@ fn numbers() {
 }
 
 #[test]
+fn every_byte_of_a_long_string_is_looked_at() {
+    for at in 0..100 {
+        let with = |byte: u8| {
+            let mut text = vec![b'x'; 100];
+            text[at] = byte;
+            [b"\"", &text[..], b"\"\n[]"].concat()
+        };
+        assert_eq!(one(&with(b' ')[..102]).as_str().unwrap().find(' '), Some(at));
+        assert_eq!(outcome(with(b'\n'))[0].len(), "stray '\"\n'".len() + at, "at {at}");
+        assert_eq!(outcome(with(b'"')).len(), 3 + usize::from(at < 99), "at {at}");
+        assert_eq!(outcome(with(0xc3)), ["invalid UTF-8 sequence in string", "V"], "at {at}");
+        let mut out = Vec::new();
+        write_string(&format!("{}\u{7f}{}", "x".repeat(at), "x".repeat(99 - at)), &mut out);
+        assert_eq!(out, format!("\"{}\\u007F{}\"", "x".repeat(at), "x".repeat(99 - at)).into_bytes());
+    }
+}
+
+#[test]
 fn messages_need_no_framing() {
     let list = parse(b"{\"a\":1}{\"b\":[{}, [],\n null]}\t5 \"x\"true\r\n");
     let want = [json!({"a": 1}), json!({"b": [{}, [], null]}), json!(5), json!("x"), json!(true)];
@@ -276,7 +294,10 @@ fn random(state: &mut u64) -> u64 {
 fn random_value(rng: &mut u64, depth: u32) -> Value {
     let string = |rng: &mut u64| -> String {
         let pool = ['a', '"', '\'', '\\', '\n', '\0', '\u{7f}', '\u{e9}', '\u{20ac}', '\u{1f600}', '%', '/'];
-        (0..random(rng) % 6).map(|_| pool[random(rng) as usize % pool.len()]).collect()
+        let len = if random(rng) % 16 == 0 { 150 } else { 6 };
+        // Long ones are plain for the most part.
+        let pool: &[char] = if len > 6 && random(rng) % 2 == 0 { &['x'] } else { &pool };
+        (0..random(rng) % len).map(|_| pool[random(rng) as usize % pool.len()]).collect()
     };
     match random(rng) % if depth == 0 { 6 } else { 8 } {
         0 => Value::Null,
