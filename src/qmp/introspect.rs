@@ -153,11 +153,9 @@ fn entry_help(out: &mut String, name: &str, also: &[&str], doc: &[&str], data: &
     }
     let mut explained = Vec::new();
     type_help(out, data, 4, &mut explained);
-    if let Some(returns) = returns {
-        if !is_empty(returns) {
-            let _ = writeln!(out, "    Returns {}:", describe(returns));
-            type_help(out, returns, 6, &mut explained);
-        }
+    if let Some(returns) = returns.filter(|r| !is_empty(r)) {
+        let _ = writeln!(out, "    Returns {}:", describe(returns));
+        type_help(out, returns, 6, &mut explained);
     }
     out.push('\n');
 }

@@ -353,10 +353,8 @@ impl Build {
                 _ => self.fail("key is not a string in object"),
             },
             Some(Frame::Object(map, key)) => {
-                if let Some(name) = key.take() {
-                    if map.insert(name, value).is_some() {
-                        self.fail("duplicate key");
-                    }
+                if key.take().is_some_and(|name| map.insert(name, value).is_some()) {
+                    self.fail("duplicate key");
                 }
             }
         }
@@ -441,11 +439,12 @@ fn unicode(escape: &[u8]) -> (Option<char>, usize) {
         Some(n)
     };
     let Some(first) = hex(2) else { return (None, 6) };
-    if (0xd800..0xdc00).contains(&first) && escape[6..].starts_with(b"\\u") {
-        if let Some(second @ 0xdc00..0xe000) = hex(8) {
-            let c = 0x10000 + ((first - 0xd800) << 10) + (second - 0xdc00);
-            return (char::from_u32(c).filter(is_character), 12);
-        }
+    if (0xd800..0xdc00).contains(&first)
+        && escape[6..].starts_with(b"\\u")
+        && let Some(second @ 0xdc00..0xe000) = hex(8)
+    {
+        let c = 0x10000 + ((first - 0xd800) << 10) + (second - 0xdc00);
+        return (char::from_u32(c).filter(is_character), 12);
     }
     (char::from_u32(first).filter(is_character), 6)
 }

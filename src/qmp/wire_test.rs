@@ -192,7 +192,7 @@ fn numbers() {
 fn every_byte_of_a_long_string_is_looked_at() {
     for at in 0..100 {
         let with = |byte: u8| {
-            let mut text = vec![b'x'; 100];
+            let mut text = [b'x'; 100];
             text[at] = byte;
             [b"\"", &text[..], b"\"\n[]"].concat()
         };
@@ -294,14 +294,14 @@ fn random(state: &mut u64) -> u64 {
 fn random_value(rng: &mut u64, depth: u32) -> Value {
     let string = |rng: &mut u64| -> String {
         let pool = ['a', '"', '\'', '\\', '\n', '\0', '\u{7f}', '\u{e9}', '\u{20ac}', '\u{1f600}', '%', '/'];
-        let len = if random(rng) % 16 == 0 { 150 } else { 6 };
+        let len = if random(rng).is_multiple_of(16) { 150 } else { 6 };
         // Long ones are plain for the most part.
-        let pool: &[char] = if len > 6 && random(rng) % 2 == 0 { &['x'] } else { &pool };
+        let pool: &[char] = if len > 6 && random(rng).is_multiple_of(2) { &['x'] } else { &pool };
         (0..random(rng) % len).map(|_| pool[random(rng) as usize % pool.len()]).collect()
     };
     match random(rng) % if depth == 0 { 6 } else { 8 } {
         0 => Value::Null,
-        1 => json!(random(rng) % 2 == 0),
+        1 => json!(random(rng).is_multiple_of(2)),
         2 => json!(random(rng) as i64),
         3 => json!(random(rng)),
         4 => json!((random(rng) as i64) as f64 / 1024.0),
