@@ -112,11 +112,11 @@ fn pci(layout: &Layout) -> Vec<u8> {
 /// What no driver may take: our registers, and ECAM (Linux believes MCFG only with this).
 fn reserved(platform: &Platform) -> Vec<u8> {
     let pm = ports(layout::ACPI_PM, layout::ACPI_PM_LEN as u8);
-    let (ecam, conf1) = (&layout::ECAM, ports(layout::PCI_CONF1, 8));
+    let ecam = &layout::ECAM;
     let ecam = Memory32Fixed::new(true, ecam.start as u32, (ecam.end - ecam.start) as u32);
     let mut resources: Vec<&dyn Aml> = vec![&pm];
     if platform.pci {
-        resources.extend([&conf1 as &dyn Aml, &ecam]);
+        resources.push(&ecam);
     }
     device("MRES", "PNP0C02", 0, resources)
 }
