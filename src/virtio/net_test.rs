@@ -240,6 +240,17 @@ fn frames_go_out_in_order_and_none_is_lost_when_the_backend_is_full() {
 }
 
 #[test]
+fn one_kick_sends_more_than_a_burst() {
+    let (mut rig, _, _, far) = rig(0);
+    let at = rig.free;
+    rig.poke(at, &frame(1, 50));
+    (0..200).for_each(|_| _ = rig.offer(TX, &[(at, 62, false)]));
+    rig.kick(TX);
+    (0..200).for_each(|_| _ = from_guest(&far));
+    (0..200).for_each(|_| _ = rig.answer(TX));
+}
+
+#[test]
 fn both_directions_go_on_while_the_other_is_busy() {
     let (mut rig, _, _, far) = rig(0);
     let at = rig.free;
@@ -306,7 +317,7 @@ fn bad_chains_break_the_device() {
 
 #[test]
 fn a_frame_longer_than_any_network_takes_is_lost_but_answered() {
-    let (mut rig, _, _, far) = rig(0);
+    let (mut rig, _, wire, far) = rig(0);
     let at = rig.free;
     let huge: Vec<_> = std::iter::repeat_n((0, LOW as u32, false), 200).collect();
     let first = rig.offer(TX, &huge);
@@ -315,6 +326,7 @@ fn a_frame_longer_than_any_network_takes_is_lost_but_answered() {
     rig.kick(TX);
     assert_eq!((rig.answer(TX), rig.answer(TX)), ((first, 0), (second, 0)));
     assert_eq!(from_guest(&far), frame(1, 60), "only the second");
+    assert_eq!(wire.sends.load(Ordering::SeqCst), 1, "the kernel was not even asked");
 }
 
 #[test]

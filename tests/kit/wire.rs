@@ -6,6 +6,7 @@ use minivmm::sys::tun;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixDatagram;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -16,6 +17,8 @@ pub struct Wire {
     can: Offload,
     /// What `set_offload` was told.
     pub set: Mutex<Vec<Offload>>,
+    /// How often `send` was called.
+    pub sends: AtomicUsize,
 }
 
 impl Wire {
@@ -25,7 +28,7 @@ impl Wire {
         ours.set_nonblocking(true).unwrap();
         theirs.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
         theirs.set_write_timeout(Some(Duration::from_secs(10))).unwrap();
-        (Arc::new(Wire { socket: ours, can, set: Mutex::default() }), theirs)
+        (Arc::new(Wire { socket: ours, can, set: Mutex::default(), sends: AtomicUsize::new(0) }), theirs)
     }
 }
 
@@ -44,6 +47,7 @@ impl Netdev for Wire {
         tun::read_frame(self.socket.as_fd(), to)
     }
     fn send(&self, from: &Iov) -> io::Result<()> {
+        self.sends.fetch_add(1, Ordering::SeqCst);
         tun::write_frame(self.socket.as_fd(), from).map(|_| ())
     }
     fn info(&self) -> String {
