@@ -212,3 +212,61 @@ fn fds_do_not_leak() {
     }
     assert_eq!(count(), 0);
 }
+
+/// A loop device on a file, gone at the end; `None`, said so, where that needs more rights.
+struct Loop(String);
+
+impl Loop {
+    fn new(path: &str) -> Option<Loop> {
+        let made = std::process::Command::new("losetup").args(["--find", "--show", path]).output();
+        match made {
+            Ok(out) if out.status.success() => {
+                Some(Loop(String::from_utf8(out.stdout).unwrap().trim().to_string()))
+            }
+            other => {
+                eprintln!("skipped: no loop device (needs root and losetup): {other:?}");
+                None
+            }
+        }
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("losetup").args(["-d", &self.0]).status();
+    }
+}
+
+#[test]
+fn a_block_device_of_the_host() {
+    let dir = Scratch::new("file-loop");
+    let path = dir.file("a", 4 << 20);
+    let Some(device) = Loop::new(&path) else { return };
+    for direct in [false, true] {
+        let mut graph = Graph::new();
+        let common = Common { direct: Some(direct), unmap: Some(true), ..Common::default() };
+        let plan = Plan { common, driver: Box::new(FilePlan::new("host_device", &device.0)) };
+        let n = open::open(&mut graph, &NoEnv, plan).unwrap();
+        let disk = graph.attach(Some(n.clone()), HandleSpec::default()).unwrap();
+        assert_eq!((n.len(), n.driver.grows()), (4 << 20, false));
+        write(&n, 4096, &[7; 8192]);
+        write(&n, 100_001, b"odd");
+        assert_eq!(read(&n, 100_000, 5), b"\0odd\0");
+        n.zero(4096, 4096, Flags::NONE).unwrap();
+        n.zero(8193, 100, Flags::MAY_UNMAP).unwrap();
+        assert_eq!(read(&n, 8192, 102), [&[7][..], &[0; 100], &[7]].concat());
+        n.discard(0, 1 << 20).unwrap();
+        assert!(read(&n, 0, 1 << 20).iter().all(|&b| b == 0), "a loop device reads zeroes then");
+        n.flush().unwrap();
+        let far = disk.write(4 << 20, &Iov::from_slice(&[0; 512]), Flags::NONE);
+        assert_eq!(far.unwrap_err().raw_os_error(), Some(libc::EIO));
+        assert_eq!(graph.resize(&n, 8 << 20).unwrap_err().desc, "Cannot grow device files");
+        graph.resize(&n, 512).unwrap();
+        assert_eq!(n.len(), 4 << 20, "a device keeps its length");
+        assert_eq!(n.status(0, 4096).unwrap().kind, ExtentKind::Data);
+        graph.detach(&disk);
+    }
+    let mut graph = Graph::new();
+    let e = open_with(&mut graph, &device.0, Common::default()).err().unwrap();
+    assert_eq!(e.desc, format!("'file' driver requires '{}' to be a regular file", device.0));
+}
