@@ -54,7 +54,17 @@ impl Bench {
     fn qemu(&self, machine: &str, cmdline: &str, more: &[&str]) -> Command {
         let mut c = Command::new("qemu-system-x86_64");
         // A paravirtual KVM offers IA32_ARCH_CAPABILITIES, but lets no one set it; QEMU ends there.
-        c.args(["-M", machine, "-accel", "kvm", "-cpu", "host,-arch-capabilities", "-m", "128", "-nodefaults"]);
+        c.args([
+            "-M",
+            machine,
+            "-accel",
+            "kvm",
+            "-cpu",
+            "host,-arch-capabilities",
+            "-m",
+            "128",
+            "-nodefaults",
+        ]);
         c.args(["-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio", "-kernel"]);
         c.arg(guest()).args(["-append", cmdline]).args(more).stdin(Stdio::null());
         c
