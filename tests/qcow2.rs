@@ -9,8 +9,10 @@ mod support;
 use minivmm::block::driver::{Driver, Flags};
 use minivmm::block::node::{Node, NodeOptions};
 use minivmm::qcow2::create::CreateOptions;
+use minivmm::qcow2::mutant::Mutant;
 use minivmm::qcow2::open::Options;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use support::*;
 
@@ -54,7 +56,7 @@ fn small_caches(rng: &mut Rng) -> Options {
 }
 
 /// One image, many operations, one thread; then qemu-img's opinion.
-fn round(seed: u64, steps: u64, qemu: bool) {
+fn round(seed: u64, steps: u64, qemu: bool, bug: Option<Mutant>) {
     let mut rng = Rng::new(seed);
     let o = shape(&mut rng);
     let under = rng.one_in(2).then(|| backing(&mut rng, o.size));
@@ -64,7 +66,7 @@ fn round(seed: u64, steps: u64, qemu: bool) {
     model.resize(o.size as usize, 0);
     let open = |rng: &mut Rng| {
         let node = under.as_ref().map(|b| b.node.clone());
-        open_image(&disk, node, small_caches(rng)).expect(&say("open"))
+        open_image(&disk, node, Options { bug, ..small_caches(rng) }).expect(&say("open"))
     };
     let mut image = open(&mut rng);
     for _ in 0..steps {
@@ -157,8 +159,257 @@ fn random_operations_match_the_model() {
     let qemu = have_qemu();
     let mut n = 0;
     while n < 8 || Instant::now() < until {
-        round(seed + n, 150, qemu && n % 4 == 0);
+        round(seed + n, 150, qemu && n % 4 == 0, None);
         n += 1;
     }
     eprintln!("{n} images");
+}
+
+/// Several threads on one image. Each has its own slots of 1000 bytes, interleaved with the
+/// others', so that they share clusters; and all of them write and discard one common region,
+/// where a sector may hold what any of them wrote there, or zeroes, but nothing else.
+fn threads(seed: u64, steps: u64, bug: Option<Mutant>) {
+    const THREADS: u64 = 4;
+    const SLOT: u64 = 1000;
+    let mut rng = Rng::new(seed);
+    let o = CreateOptions {
+        size: 768 << 10,
+        cluster_size: 1 << (9 + rng.below(6)),
+        refcount_bits: 16,
+        ..CreateOptions::default()
+    };
+    let (slots, common) = ((512 << 10) / SLOT, 1024..1536);
+    let say = format!("SEED={seed} {o:?}");
+    let disk = fresh(&o);
+    disk.jitter.store(60, Ordering::Relaxed);
+    let image = open_image(&disk, None, Options { bug, ..small_caches(&mut rng) }).expect("open");
+    let pattern = |slot: u64, round: u8| -> Vec<u8> {
+        (0..SLOT).map(|i| if round == 0 { 0 } else { (slot * 7 + i) as u8 ^ round }).collect()
+    };
+    let rounds: Vec<Vec<u8>> = std::thread::scope(|s| {
+        let workers: Vec<_> = (0..THREADS)
+            .map(|t| {
+                let (image, say, common) = (&image, &say, common.clone());
+                let mut rng = Rng::new(seed * 31 + t);
+                s.spawn(move || {
+                    let mut rounds = vec![0u8; slots as usize];
+                    for _ in 0..steps {
+                        let slot = rng.below(slots / THREADS) * THREADS + t;
+                        let round = &mut rounds[slot as usize];
+                        let sector = common.start + rng.below(common.end - common.start - 32);
+                        let n = 1 + rng.below(32);
+                        match rng.below(16) {
+                            0..6 => {
+                                *round = (rng.draw() as u8).max(1);
+                                write(image, slot * SLOT, &pattern(slot, *round)).expect("write");
+                            }
+                            6..9 => {
+                                let got = read(image, slot * SLOT, SLOT as usize).expect("read");
+                                assert!(got == pattern(slot, *round), "{say}: slot {slot}");
+                            }
+                            9..11 => {
+                                let data: Vec<u8> =
+                                    (sector..sector + n).flat_map(|s| contents(t as u32 + 1, s)).collect();
+                                write(image, sector * 512, &data).expect("write");
+                            }
+                            11 | 12 => image.discard(sector * 512, n * 512).expect("discard"),
+                            13 => {
+                                let flags = if rng.one_in(2) { Flags::MAY_UNMAP } else { Flags::NONE };
+                                image.zero(sector * 512, n * 512, flags).expect("zero");
+                            }
+                            14 => {
+                                let got = read(image, sector * 512, n as usize * 512).expect("read");
+                                for (i, b) in got.chunks_exact(512).enumerate() {
+                                    let s = sector + i as u64;
+                                    assert!(id_of(b, s) != STRANGE, "{say}: sector {s}: {:x?}", &b[..8]);
+                                }
+                            }
+                            _ => image.flush().expect("flush"),
+                        }
+                    }
+                    rounds
+                })
+            })
+            .collect();
+        workers.into_iter().map(|w| w.join().expect("thread")).collect()
+    });
+    for slot in 0..slots {
+        let round = rounds[(slot % THREADS) as usize][slot as usize];
+        let got = read(&image, slot * SLOT, SLOT as usize).expect("read");
+        assert!(got == pattern(slot, round), "{say}: slot {slot} at the end");
+    }
+    for s in common {
+        let got = read(&image, s * 512, 512).expect("read");
+        assert!(id_of(&got, s) != STRANGE, "{say}: sector {s} at the end: {:x?}", &got[..8]);
+    }
+    image.close().expect("close");
+    let report = image.check().expect("check");
+    assert!(report.errors.is_empty() && report.leaks == 0, "{say}: {report:?}");
+}
+
+/// Catches: overlapping allocations that do not wait for each other, a cluster punched or reused
+/// while a request is at it, a link before the data.
+#[test]
+fn threads_share_an_image() {
+    let (seed, until) = seed_and_time(Duration::from_secs(4));
+    let mut n = 0;
+    while n < 2 || Instant::now() < until {
+        threads(seed + n, 400, None);
+        n += 1;
+    }
+    eprintln!("{n} images");
+}
+
+/// The suite notices these bugs.
+#[test]
+fn mutants_are_caught() {
+    if !cfg!(debug_assertions) {
+        return eprintln!("skipped: mutants exist only with debug assertions");
+    }
+    std::panic::set_hook(Box::new(|_| {}));
+    let alone = [Mutant::NoCopy, Mutant::StaleGrowth];
+    let shared = [Mutant::NoWait, Mutant::NoGrace, Mutant::LatePunch, Mutant::LinkBeforeData];
+    let mut survivors = Vec::new();
+    for (list, alone) in [(&alone[..], true), (&shared[..], false)] {
+        for bug in list {
+            let caught = (0..40).find(|seed| match alone {
+                true => fails(|| round(*seed, 150, false, Some(*bug))),
+                false => fails(|| threads(*seed, 400, Some(*bug))),
+            });
+            eprintln!("{bug:?}: caught by workload {caught:?}");
+            if caught.is_none() {
+                survivors.push(bug);
+            }
+        }
+    }
+    let _ = std::panic::take_hook();
+    assert!(survivors.is_empty(), "not caught: {survivors:?}");
+}
+
+/// Compressible here, random there, zeroes elsewhere.
+fn picture(rng: &mut Rng, len: usize) -> Vec<u8> {
+    let mut out = vec![0; len];
+    for (i, piece) in out.chunks_mut(7000).enumerate() {
+        match rng.below(4) {
+            0 => piece.iter_mut().for_each(|b| *b = rng.draw() as u8),
+            1 => piece.iter_mut().enumerate().for_each(|(j, b)| *b = (j / 50 + i) as u8),
+            2 => piece.fill(i as u8 | 1),
+            _ => {}
+        }
+    }
+    out
+}
+
+/// Images that qemu-img made, with each of its options: read, written, read by qemu-img; written
+/// by qemu-io, read again.
+#[test]
+fn images_go_back_and_forth_with_qemu() {
+    if !have_qemu() {
+        return;
+    }
+    let (seed, _) = seed_and_time(Duration::ZERO);
+    let list = [
+        ("", false),
+        ("", true),
+        ("compression_type=zstd", true),
+        ("compat=0.10", true),
+        ("cluster_size=512", true),
+        ("cluster_size=512,refcount_bits=64", false),
+        ("cluster_size=4k,refcount_bits=1", false),
+        ("cluster_size=2M", true),
+        ("cluster_size=2M,compression_type=zstd,refcount_bits=8", true),
+        ("extended_l2=on", true),
+        ("extended_l2=on,cluster_size=16k,refcount_bits=2", false),
+        ("lazy_refcounts=on", false),
+        ("preallocation=metadata", false),
+        ("preallocation=metadata,extended_l2=on", false),
+        ("preallocation=full,cluster_size=8k", false),
+    ];
+    for (n, (options, compress)) in list.iter().enumerate() {
+        let mut rng = Rng::new(seed + n as u64);
+        let dir = Dir::new("interop");
+        let (raw, path) = (dir.path("raw"), dir.path("image.qcow2"));
+        let (raw, name) = (raw.to_str().unwrap(), path.to_str().unwrap());
+        let mut model = picture(&mut rng, (3 << 20) + 512 * 77);
+        std::fs::write(raw, &model).unwrap();
+        let mut args = vec!["convert", "-f", "raw", "-O", "qcow2", raw, name];
+        if !options.is_empty() {
+            args.splice(1..1, ["-o", options]);
+        }
+        if *compress {
+            args.insert(1, "-c");
+        }
+        qemu("qemu-img", &args);
+        let load = || Disk::new(std::fs::read(&path).unwrap());
+        let disk = load();
+        let before = disk.bytes.lock().unwrap().clone();
+        let image = open_image(&disk, None, Options { read_only: true, ..Options::default() }).expect("open");
+        assert!(read(&image, 0, model.len()).unwrap() == model, "{options}: read");
+        image.close().unwrap();
+        assert!(*disk.bytes.lock().unwrap() == before, "{options}: a read-only open wrote");
+        let image = open_image(&disk, None, small_caches(&mut rng)).expect("open");
+        for _ in 0..60 {
+            let off = rng.below(model.len() as u64 - 9000);
+            let data = vec![rng.draw() as u8; 1 + rng.below(9000) as usize];
+            write(&image, off, &data).expect("write");
+            model[off as usize..off as usize + data.len()].copy_from_slice(&data);
+        }
+        assert!(read(&image, 0, model.len()).unwrap() == model, "{options}: after writing");
+        image.close().expect("close");
+        let report = image.check().expect("check");
+        assert_eq!((report.errors.len(), report.leaks), (0, 0), "{options}: {report:?}");
+        std::fs::write(&path, &*disk.bytes.lock().unwrap()).unwrap();
+        qemu_check(&path, false);
+        assert!(qemu_read(&dir, &path) == model, "{options}: qemu-img reads something else");
+        qemu(
+            "qemu-io",
+            &["-c", "write -P 7 100k 33k", "-c", "write -z -u 1M 300k", "-c", "discard 2M 256k", name],
+        );
+        model = qemu_read(&dir, &path);
+        let image = open_image(&load(), None, Options::default()).expect("open");
+        assert!(read(&image, 0, model.len()).unwrap() == model, "{options}: after qemu-io");
+        let report = image.check().expect("check");
+        assert_eq!((report.errors.len(), report.leaks), (0, 0), "{options}: {report:?}");
+    }
+}
+
+/// Images that we made, with each option: qemu-img checks and writes them.
+#[test]
+fn our_images_are_qemus() {
+    if !have_qemu() {
+        return;
+    }
+    use minivmm::qcow2::header::Compression;
+    let base = CreateOptions { size: 1 << 20, ..CreateOptions::default() };
+    let list = [
+        base.clone(),
+        CreateOptions { version: 2, ..base.clone() },
+        CreateOptions { size: 0, ..base.clone() },
+        CreateOptions { cluster_size: 512, refcount_bits: 64, ..base.clone() },
+        CreateOptions { cluster_size: 512, size: 4 << 30, refcount_bits: 64, ..base.clone() },
+        CreateOptions { cluster_size: 2 << 20, refcount_bits: 1, ..base.clone() },
+        CreateOptions { extended_l2: true, lazy_refcounts: true, ..base.clone() },
+        CreateOptions { compression: Compression::Zstd, size: 64 << 40, ..base.clone() },
+    ];
+    for o in list {
+        let disk = fresh(&o);
+        let dir = Dir::new("create");
+        let path = dir.save("image.qcow2", &disk);
+        let name = path.to_str().unwrap();
+        qemu_check(&path, false);
+        if o.size > 0 {
+            qemu("qemu-io", &["-f", "qcow2", "-c", "write -P 5 4k 100k", name]);
+            let image = open_image(&Disk::new(std::fs::read(&path).unwrap()), None, Options::default());
+            let image = image.expect("open");
+            assert!(read(&image, 4096, 100 << 10).unwrap().iter().all(|b| *b == 5), "{o:?}");
+            assert!(image.info().specific.is_some());
+        }
+        let info = qemu("qemu-img", &["info", "--output=json", name]);
+        let info: serde_json::Value = serde_json::from_str(&info).unwrap();
+        let image = open_image(&disk, None, Options { read_only: true, ..Options::default() }).unwrap();
+        let (kind, data) = image.info().specific.unwrap();
+        let theirs = &info["format-specific"];
+        assert_eq!(theirs["type"], kind);
+        assert_eq!(theirs["data"], serde_json::Value::Object(data), "{o:?}");
+    }
 }

@@ -214,14 +214,13 @@ pub fn plan(options: BlockdevOptions) -> Result<Plan> {
             backing: backing(o.base.0.backing)?,
             data_file: o.data_file.map(child).transpose()?,
             options: qcow2::open::Options {
-                read_only: false,
                 cache_size: bytes("cache-size", o.cache_size)?,
                 l2_cache_size: bytes("l2-cache-size", o.l2_cache_size)?,
                 l2_cache_entry_size: bytes("l2-cache-entry-size", o.l2_cache_entry_size)?,
                 refcount_cache_size: bytes("refcount-cache-size", o.refcount_cache_size)?,
                 cache_clean_interval: bytes("cache-clean-interval", o.cache_clean_interval)?,
                 pass_discard_request: o.pass_discard_request,
-                on_corrupt: None,
+                ..Default::default()
             },
         }),
         BlockdevDriver::Raw(o) => Box::new(RawPlan {

@@ -52,6 +52,7 @@
 use super::Qcow2;
 use super::header::INCOMPAT_CORRUPT;
 use super::meta::{Freed, Meta, write_all};
+use super::mutant::Mutant;
 use crate::block::driver::Flags;
 use crate::block::node::Node;
 use crate::sys::iov::Iov;
@@ -180,12 +181,17 @@ impl Qcow2 {
 
     /// Steps 2 and 3. Answers whether all of it is on stable storage.
     fn write_out(&self, file: &Node, w: &Work, durable: bool) -> io::Result<bool> {
-        write_pages(file, &w.refs)?;
-        if w.l1_moved {
+        if !self.has_bug(Mutant::RefcountsLast) {
+            write_pages(file, &w.refs)?;
+        }
+        if w.l1_moved && !self.has_bug(Mutant::HalfMovedTable) {
             write_sectors(file, &w.l1)?;
         }
+        if self.has_bug(Mutant::TableBeforeBlock) {
+            write_sectors(file, &w.reftable)?;
+        }
         let mut synced = false;
-        if w.barrier && (w.has_pointers() || !w.reftable.is_empty()) {
+        if w.barrier && !self.has_bug(Mutant::NoBarrier) && (w.has_pointers() || !w.reftable.is_empty()) {
             self.sync(file)?;
             synced = true;
         }
@@ -205,6 +211,10 @@ impl Qcow2 {
             }
             self.write_header(file, w)?;
             synced = false;
+        }
+        if self.has_bug(Mutant::RefcountsLast) {
+            self.sync(file)?;
+            write_pages(file, &w.refs)?;
         }
         if !synced && (durable || !w.freed.is_empty()) {
             self.sync(file)?;
@@ -241,7 +251,8 @@ impl Qcow2 {
         }
         loop {
             if !meta.grace.is_empty() {
-                if self.users[meta.grace_epoch].load(Ordering::SeqCst) != 0 {
+                let busy = self.users[meta.grace_epoch].load(Ordering::SeqCst) != 0;
+                if busy && !self.has_bug(Mutant::NoGrace) {
                     // Next time: nobody waits for a slow request here.
                     return Ok(());
                 }
@@ -251,12 +262,23 @@ impl Qcow2 {
                 meta = self.lock();
             }
             // The other counter must be empty before new requests may count in it.
-            if meta.unreachable.is_empty() || self.users[1 - meta.epoch].load(Ordering::SeqCst) != 0 {
+            let busy = self.users[1 - meta.epoch].load(Ordering::SeqCst) != 0;
+            if meta.unreachable.is_empty() || (busy && !self.has_bug(Mutant::NoGrace)) {
                 return Ok(());
             }
             meta.grace = std::mem::take(&mut meta.unreachable);
             meta.grace_epoch = meta.epoch;
             meta.epoch = 1 - meta.epoch;
+        }
+    }
+
+    /// A bug for the tests: what was freed just now is released at once.
+    pub(super) fn early_free(&self) {
+        if self.has_bug(Mutant::EarlyFree)
+            && let Ok(file) = self.file()
+        {
+            let list = std::mem::take(&mut self.lock().freed);
+            let _ = self.release(&file, list);
         }
     }
 
@@ -282,11 +304,16 @@ impl Qcow2 {
         let (geo, bits) = (meta.geo, meta.geo.cluster_bits);
         drop(meta);
         *self.decompressed.lock().unwrap_or_else(PoisonError::into_inner) = None;
-        for l in last.iter().filter(|l| l.punch && self.punch) {
-            // A hint: a file system that cannot is no error.
-            if let Err(e) = file.discard(l.first << bits, l.count << bits) {
-                log::debug!("qcow2: discard in the image file: {e}");
+        let punch = || {
+            for l in last.iter().filter(|l| l.punch && self.punch) {
+                // A hint: a file system that cannot is no error.
+                if let Err(e) = file.discard(l.first << bits, l.count << bits) {
+                    log::debug!("qcow2: discard in the image file: {e}");
+                }
             }
+        };
+        if !self.has_bug(Mutant::LatePunch) {
+            punch();
         }
         let mut meta = self.lock();
         for l in &last {
@@ -300,6 +327,11 @@ impl Qcow2 {
             meta.cursor = meta.cursor.min(l.first);
             // It was written, wherever it lies.
             meta.fresh = meta.fresh.max(l.first + l.count);
+        }
+        drop(meta);
+        if self.has_bug(Mutant::LatePunch) {
+            std::thread::yield_now();
+            punch();
         }
         Ok(())
     }

@@ -42,6 +42,7 @@ impl Qcow2 {
             users: [AtomicUsize::new(0), AtomicUsize::new(0)],
             awaited: AtomicBool::new(false),
             decompressed: Mutex::new(None),
+            bug: options.bug,
             clean_interval: match options.cache_clean_interval.unwrap_or(600) {
                 0 => None,
                 seconds => Some(Duration::from_secs(seconds)),

@@ -11,6 +11,7 @@
 use super::Qcow2;
 use super::compress::decompress;
 use super::meta::{Map, Meta, ZEROES, corrupt, read_padded};
+use super::mutant::Mutant;
 use super::types::Entry;
 use crate::block::driver::Flags;
 use crate::block::node::Node;
@@ -51,7 +52,7 @@ impl Meta {
         let per_page = geo.page_size() >> geo.entry_bits();
         let mut end = geo.clusters(off, len).end.min((c | (per_page - 1)) + 1);
         for r in &self.in_flight {
-            if r.start > c {
+            if r.start > c && !self.has_bug(Mutant::NoWait) {
                 end = end.min(r.start);
             }
         }
@@ -242,7 +243,7 @@ impl Qcow2 {
                         continue;
                     }
                     let c = self.geo.cluster(off);
-                    if meta.is_in_flight(&(c..c + 1)) {
+                    if meta.is_in_flight(&(c..c + 1)) && !self.has_bug(Mutant::NoWait) {
                         drop(self.wait(meta));
                         continue;
                     }
@@ -266,9 +267,13 @@ impl Qcow2 {
         let plan = meta.reserve(&file, off, (from.len() - at) as u64);
         drop(meta);
         let plan = self.judge(plan)?;
+        let early = self.has_bug(Mutant::LinkBeforeData);
+        if early {
+            self.lock().link(&file, &plan)?;
+        }
         let mut done = self.fill(&plan, at, from);
         let mut meta = self.lock();
-        if done.is_ok() {
+        if done.is_ok() && !early {
             done = meta.link(&file, &plan);
         }
         if done.is_err() && plan.new && !self.geo.external {
@@ -312,6 +317,9 @@ impl Qcow2 {
         let len = (range.end - range.start) as usize;
         let size = self.size.load(std::sync::atomic::Ordering::SeqCst);
         let inside = size.clamp(range.start, range.end) - range.start;
+        if self.has_bug(Mutant::NoCopy) {
+            return Ok(Around::Zeroes(len));
+        }
         if inside == 0 || self.reads_zero(range.start, inside)? {
             return Ok(if plan.fresh { Around::Nothing } else { Around::Zeroes(len) });
         }

@@ -12,6 +12,7 @@
 
 use super::cache::{ByOffset, Cache};
 use super::header::Header;
+use super::mutant::Mutant;
 use super::types::{COPIED, Entry, Geometry, OFFSET_MASK, be64};
 use crate::block::node::Node;
 use crate::sys::iov::IovMut;
@@ -136,6 +137,8 @@ pub struct Meta {
     pub file_len: u64,
     /// Length of the file when it was opened.
     pub opened_len: u64,
+    /// A bug that the tests asked for.
+    pub bug: Option<Mutant>,
     /// When unused pages were last given up.
     pub cleaned: Instant,
     /// Someone has, or waits for, the image for himself: requests wait.
@@ -145,6 +148,11 @@ pub struct Meta {
 }
 
 impl Meta {
+    /// True when the tests asked for this bug. Never in a release build.
+    pub fn has_bug(&self, mutant: Mutant) -> bool {
+        cfg!(debug_assertions) && self.bug == Some(mutant)
+    }
+
     /// Where the page and the entry of guest cluster `c` in the L2 table at `table` are: page's
     /// file offset, byte in the page.
     pub fn l2_place(&self, table: u64, c: u64) -> (u64, usize) {
@@ -350,7 +358,10 @@ impl Meta {
     fn alloc_table(&mut self, file: &Node) -> io::Result<u64> {
         let (first, _, fresh) = self.alloc_run(file, 1)?;
         let offset = first << self.geo.cluster_bits;
-        if !fresh && let Err(e) = write_zeroes(file, offset, self.geo.cluster_size()) {
+        if !fresh
+            && !self.has_bug(Mutant::DirtyTable)
+            && let Err(e) = write_zeroes(file, offset, self.geo.cluster_size())
+        {
             self.free(offset, 1, false);
             return Err(e);
         }

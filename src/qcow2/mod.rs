@@ -18,6 +18,7 @@
 //! | `create.rs` | new images |
 //! | `resize.rs` | growing and shrinking |
 //! | `check.rs` | walking all metadata: repair at open, and the tests' checker |
+//! | `mutant.rs` | deliberate bugs for the tests' own test; none in a release build |
 //! | `driver.rs` | `impl Driver` |
 //!
 //! Threads: requests come from any number of threads. Locks, in this order: `flush` (one
@@ -36,6 +37,7 @@ mod erase;
 pub mod header;
 mod io;
 mod meta;
+pub mod mutant;
 pub mod open;
 pub mod plan;
 mod resize;
@@ -43,6 +45,7 @@ mod types;
 
 use crate::block::node::{Edge, Node};
 use meta::{Meta, Miss};
+use mutant::Mutant;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -75,6 +78,7 @@ pub struct Qcow2 {
     decompressed: Mutex<Option<(u64, Arc<[u8]>)>>,
     /// How long a page may stay unused; `None`: for ever.
     clean_interval: Option<Duration>,
+    bug: Option<Mutant>,
     /// Told once when the image is found corrupt.
     on_corrupt: Option<open::OnCorrupt>,
 }
@@ -114,6 +118,11 @@ impl Qcow2 {
 
     fn wait<'a>(&'a self, meta: MutexGuard<'a, Meta>) -> MutexGuard<'a, Meta> {
         self.changed.wait(meta).unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// True when the tests asked for this bug. Never in a release build.
+    fn has_bug(&self, mutant: Mutant) -> bool {
+        cfg!(debug_assertions) && self.bug == Some(mutant)
     }
 
     /// Counts the caller as a user of what it just looked up under `meta`.

@@ -46,6 +46,9 @@ pub struct Options {
     /// `cache-clean-interval` in seconds: pages unused for that long are given up (600 if absent,
     /// 0: never).
     pub cache_clean_interval: Option<u64>,
+    /// For tests of the tests.
+    #[doc(hidden)]
+    pub bug: Option<super::mutant::Mutant>,
     /// See [`OnCorrupt`].
     pub on_corrupt: Option<OnCorrupt>,
 }
@@ -145,6 +148,7 @@ pub fn open(
         file_len,
         opened_len: file_len,
         cleaned: Instant::now(),
+        bug: options.bug,
         exclusive: false,
         corrupt: false,
     };

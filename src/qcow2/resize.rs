@@ -12,6 +12,7 @@ use super::Qcow2;
 use super::erase::Erase;
 use super::header::MAX_L1_BYTES;
 use super::meta::Meta;
+use super::mutant::Mutant;
 use crate::block::driver::Flags;
 use crate::block::node::Node;
 use std::io;
@@ -64,7 +65,7 @@ impl Qcow2 {
         // Only what is there already can show: clusters of an unfinished shrink, the last
         // cluster's rest, the backing file.
         let backing = self.backing.node().map_or(0, |n| n.len());
-        let mut pos = old;
+        let mut pos = if self.has_bug(Mutant::StaleGrowth) { len } else { old };
         while pos < len {
             let step = (len - pos).min(1 << 30);
             if pos >= backing && self.reads_zero(pos, step)? {

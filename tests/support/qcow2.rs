@@ -55,11 +55,22 @@ pub struct Disk {
     pub writes: AtomicU64,
     /// The n-th change from now fails with EIO, and all after it (0: none does).
     pub fail_after: AtomicU64,
+    /// Requests take a random time, so that threads meet everywhere (microseconds at most).
+    pub jitter: AtomicU64,
 }
 
 impl Disk {
     pub fn new(bytes: Vec<u8>) -> Arc<Disk> {
         Arc::new(Disk { bytes: Mutex::new(bytes), ..Disk::default() })
+    }
+
+    fn linger(&self) {
+        let most = self.jitter.load(Ordering::Relaxed);
+        if most > 0 {
+            let n = self.writes.fetch_add(1, Ordering::Relaxed);
+            let mixed = n.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
+            std::thread::sleep(Duration::from_micros(mixed % most));
+        }
     }
 
     fn note(&self, op: impl FnOnce() -> Op) -> io::Result<()> {
@@ -91,6 +102,7 @@ impl Driver for OnDisk {
         true
     }
     fn read(&self, off: u64, to: &mut IovMut) -> io::Result<()> {
+        self.0.linger();
         let bytes = self.0.bytes.lock().unwrap();
         let n = to.len().min(bytes.len() - off as usize);
         to.copy_from(0, &bytes[off as usize..off as usize + n]);
@@ -99,6 +111,7 @@ impl Driver for OnDisk {
     }
     fn write(&self, off: u64, from: &Iov, _: Flags) -> io::Result<()> {
         let data = from.to_vec();
+        self.0.linger();
         self.0.writes.fetch_add(1, Ordering::Relaxed);
         // The lock on the bytes orders the log, too.
         let mut bytes = self.0.bytes.lock().unwrap();
@@ -120,6 +133,7 @@ impl Driver for OnDisk {
         self.write(off, &Iov::from_slice(&junk), Flags::NONE)
     }
     fn flush(&self) -> io::Result<()> {
+        self.0.linger();
         let _bytes = self.0.bytes.lock().unwrap();
         self.0.syncs.fetch_add(1, Ordering::Relaxed);
         self.0.note(|| Op::Sync)
@@ -146,6 +160,32 @@ pub fn fresh(options: &create::CreateOptions) -> Arc<Disk> {
     let disk = Disk::new(Vec::new());
     create::create(&node(&disk), options).expect("create");
     disk
+}
+
+/// A sector that names its writer and itself; writer 0 writes zeroes.
+pub fn contents(id: u32, sector: u64) -> [u8; 512] {
+    let mut out = [0; 512];
+    if id != 0 {
+        for piece in out.chunks_exact_mut(8) {
+            piece[..4].copy_from_slice(&id.to_be_bytes());
+            piece[4..].copy_from_slice(&(sector as u32).to_be_bytes());
+        }
+    }
+    out
+}
+
+/// Contents that nobody wrote there.
+pub const STRANGE: u32 = 0xffff_ffff;
+
+/// Whose contents these are; [`STRANGE`] if they are not that sector's.
+pub fn id_of(bytes: &[u8], sector: u64) -> u32 {
+    let id = u32::from_be_bytes(bytes[..4].try_into().unwrap());
+    if bytes == contents(id, sector) { id } else { STRANGE }
+}
+
+/// True when `test` panics, quietly.
+pub fn fails(test: impl FnOnce() + std::panic::UnwindSafe) -> bool {
+    std::panic::catch_unwind(test).is_err()
 }
 
 /// Opens the image on `disk`; with a backing node if one is given.
