@@ -413,3 +413,159 @@ fn our_images_are_qemus() {
         assert_eq!(theirs["data"], serde_json::Value::Object(data), "{o:?}");
     }
 }
+
+/// An image with something of everything, for the hostile tests.
+fn victim(rng: &mut Rng) -> Vec<u8> {
+    let mut o = shape(rng);
+    o.size = 256 << 10;
+    o.cluster_size = o.cluster_size.min(16384);
+    o.backing_file = rng.one_in(2).then(|| "backing.raw".into());
+    o.backing_format = o.backing_file.as_ref().map(|_| "raw".into());
+    let disk = fresh(&o);
+    let image = open_image(&disk, None, Options::default()).expect("open");
+    for _ in 0..12 {
+        let off = rng.below(o.size - 20000);
+        write(&image, off, &vec![rng.draw() as u8; 1 + rng.below(20000) as usize]).expect("write");
+    }
+    let _ = image.zero(0, 20000, Flags::MAY_UNMAP);
+    image.close().expect("close");
+    let bytes = disk.bytes.lock().unwrap().clone();
+    bytes
+}
+
+/// Uses an image, whatever it is. Errors are fine, panics are not; nor is a read-only open that
+/// writes.
+fn abuse(bytes: Vec<u8>, rng: &mut Rng) {
+    let read_only = rng.one_in(4);
+    let disk = Disk::new(bytes);
+    let before = read_only.then(|| disk.bytes.lock().unwrap().clone());
+    let options = Options { read_only, ..small_caches(rng) };
+    let Ok(image) = open_image(&disk, None, options) else { return };
+    let size = image.len();
+    for _ in 0..12 {
+        if size == 0 {
+            break;
+        }
+        let off = rng.below(size.min(1 << 20));
+        let len = (1 + rng.below(30000)).min(size - off);
+        match rng.below(8) {
+            0..3 => drop(read(&image, off, len as usize)),
+            3..5 => drop(write(&image, off, &vec![1; len as usize])),
+            5 => drop(image.zero(off, len, Flags::MAY_UNMAP)),
+            6 => drop(image.discard(off, len)),
+            _ => drop(image.flush()),
+        }
+        drop(image.status(off, len));
+    }
+    if rng.one_in(4) {
+        drop(image.resize((size / 512 + rng.below(1000)) * 512));
+    }
+    drop(image.check());
+    drop(image.close());
+    if let Some(before) = before {
+        assert!(*disk.bytes.lock().unwrap() == before, "a read-only open wrote");
+    }
+}
+
+/// Images with broken metadata: no panic, no endless loop, no gigabytes.
+#[test]
+fn broken_images_do_no_harm() {
+    let (seed, until) = seed_and_time(Duration::from_secs(4));
+    let mut n = 0;
+    while n < 20 || Instant::now() < until {
+        let mut rng = Rng::new(seed + n / 16);
+        let mut bytes = victim(&mut rng);
+        rng = Rng::new((seed + n) ^ 0x5eed);
+        let cluster = 1u64 << (u64::from(bytes[23]) & 31);
+        for _ in 0..1 + rng.below(6) {
+            // Mostly where metadata are: header, first clusters, words in general.
+            let at = match rng.below(4) {
+                0 => rng.below(112),
+                1 => rng.below(8) * cluster + rng.below(64),
+                2 => rng.below(bytes.len() as u64 / cluster) * cluster + rng.below(16),
+                _ => rng.below(bytes.len() as u64),
+            } as usize
+                % (bytes.len() - 8);
+            match rng.below(5) {
+                0 => bytes[at] ^= 1 << rng.below(8),
+                1 => bytes[at] = rng.draw() as u8,
+                2 => bytes[at..at + 8].copy_from_slice(&rng.draw().to_be_bytes()),
+                3 => {
+                    let k = rng.below(bytes.len() as u64 / cluster + 2) * cluster;
+                    let at = at & !7;
+                    bytes[at..at + 8].copy_from_slice(&(k | 1 << 63).to_be_bytes());
+                }
+                _ => bytes.truncate((at + 8).max(600)),
+            }
+            if (bytes.len() as u64) < 1200.max(2 * cluster) {
+                break;
+            }
+        }
+        let case = std::panic::AssertUnwindSafe(|| abuse(bytes, &mut Rng::new(seed + n)));
+        assert!(std::panic::catch_unwind(case).is_ok(), "panic; SEED={seed} n={n}");
+        n += 1;
+    }
+    eprintln!("{n} broken images");
+}
+
+/// A disk that fails: each request says so, and what was written before it failed, or after it
+/// recovers, is there.
+#[test]
+fn a_failing_disk_loses_nothing_that_was_acknowledged() {
+    let (seed, until) = seed_and_time(Duration::from_secs(2));
+    let mut n = 0;
+    while n < 20 || Instant::now() < until {
+        let mut rng = Rng::new(seed + n);
+        let o = shape(&mut rng);
+        let disk = fresh(&o);
+        let say = format!("SEED={} {o:?}", seed + n);
+        let image = open_image(&disk, None, small_caches(&mut rng)).expect("open");
+        let sectors = o.size / 512;
+        // What each sector may hold: more than one thing after a failed write.
+        let mut ids: Vec<Vec<u32>> = vec![vec![0]; sectors as usize];
+        for id in 1..120 {
+            match rng.below(12) {
+                0 => disk.fail_after.store(1 + rng.below(12), Ordering::SeqCst),
+                1..4 => disk.fail_after.store(0, Ordering::SeqCst),
+                _ => {}
+            }
+            let first = rng.below(sectors);
+            let end = (first + 1 + rng.below(40)).min(sectors);
+            let (done, id) = match rng.below(10) {
+                0..6 => {
+                    let data: Vec<u8> = (first..end).flat_map(|s| contents(id, s)).collect();
+                    (write(&image, first * 512, &data), id)
+                }
+                6 => (image.zero(first * 512, (end - first) * 512, Flags::MAY_UNMAP), 0),
+                7 => {
+                    let _ = image.flush();
+                    continue;
+                }
+                _ => {
+                    if let Ok(got) = read(&image, first * 512, (end - first) as usize * 512) {
+                        for (s, b) in (first..end).zip(got.chunks_exact(512)) {
+                            assert!(ids[s as usize].contains(&id_of(b, s)), "{say}: sector {s}");
+                        }
+                    }
+                    continue;
+                }
+            };
+            for s in first..end {
+                match &done {
+                    Ok(()) => ids[s as usize] = vec![id],
+                    Err(_) => ids[s as usize].push(id),
+                }
+            }
+        }
+        disk.fail_after.store(0, Ordering::SeqCst);
+        image.close().expect(&say);
+        let image = open_image(&disk, None, Options::default()).expect("open");
+        for s in 0..sectors {
+            let got = read(&image, s * 512, 512).expect("read");
+            assert!(ids[s as usize].contains(&id_of(&got, s)), "{say}: sector {s} at the end");
+        }
+        let report = image.check().expect("check");
+        assert!(report.errors.is_empty(), "{say}: {report:?}");
+        n += 1;
+    }
+}

@@ -18,7 +18,7 @@ use crate::block::node::Node;
 use crate::sys::iov::{Iov, IovMut};
 use std::io;
 use std::ops::Range;
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, MutexGuard, PoisonError};
 
 /// A reservation: where the data of some guest clusters are to be.
 struct Plan {
@@ -93,6 +93,9 @@ impl Meta {
                 "Preventing invalid write on metadata (cluster at offset {host:#x})"
             )));
         }
+        if ours && !geo.external && host + (count << geo.cluster_bits) > self.file_len {
+            self.grow_for(file, host, count << geo.cluster_bits)?;
+        }
         // What a new cluster takes over from an old one is copied whole; else whole units.
         let unit = |e: &Entry| match new && (e.data != 0 || e.compressed.is_some()) {
             true => geo.cluster_size(),
@@ -144,17 +147,21 @@ impl Qcow2 {
             while meta.exclusive {
                 meta = self.wait(meta);
             }
-            drop(meta);
-            pos += self.read_run(off + pos, pos as usize, to)?;
+            pos += self.read_run(meta, off + pos, pos as usize, to)?;
         }
         Ok(())
     }
 
     /// Reads the run of disk at `off` to position `at` of `to`; answers how long it was. Does not
     /// care for exclusive use: who has an allocation in flight, or has it himself, calls it, too.
-    fn read_run(&self, off: u64, at: usize, to: &mut IovMut) -> io::Result<u64> {
+    fn read_run<'a>(
+        &'a self,
+        mut meta: MutexGuard<'a, Meta>,
+        off: u64,
+        at: usize,
+        to: &mut IovMut,
+    ) -> io::Result<u64> {
         let left = (to.len() - at) as u64;
-        let mut meta = self.lock();
         let (map, len, using) = loop {
             match meta.lookup(off, left) {
                 Ok((map, len)) => break (map, len, self.using(&meta)),
@@ -256,13 +263,7 @@ impl Qcow2 {
 
     /// Writes the part of `from` that begins at `at` and belongs at `off` to newly allocated
     /// clusters, or to own ones that are not data yet; answers how much.
-    fn allocate(
-        &self,
-        mut meta: std::sync::MutexGuard<'_, Meta>,
-        at: usize,
-        off: u64,
-        from: &Iov,
-    ) -> io::Result<u64> {
+    fn allocate(&self, mut meta: MutexGuard<'_, Meta>, at: usize, off: u64, from: &Iov) -> io::Result<u64> {
         let file = self.file()?;
         let plan = meta.reserve(&file, off, (from.len() - at) as u64);
         drop(meta);
@@ -327,7 +328,7 @@ impl Qcow2 {
         let mut iov = IovMut::from_slice(&mut buf[..inside as usize]);
         let mut pos = 0;
         while pos < inside {
-            pos += self.read_run(range.start + pos, pos as usize, &mut iov)?;
+            pos += self.read_run(self.lock(), range.start + pos, pos as usize, &mut iov)?;
         }
         Ok(Around::Copy(buf))
     }

@@ -82,6 +82,8 @@ impl Qcow2 {
             }
             pos += step;
         }
+        // The header must not say the new size before the disk says what is there.
+        self.checkpoint(true)?;
         self.set_size(len);
         self.checkpoint(true)
     }

@@ -38,6 +38,9 @@ impl Rng {
     }
 }
 
+/// The largest disk.
+const MOST: u64 = 1 << 30;
+
 /// What was done to a disk, in order.
 #[derive(Clone, Debug)]
 pub enum Op {
@@ -115,6 +118,9 @@ impl Driver for OnDisk {
         self.0.writes.fetch_add(1, Ordering::Relaxed);
         // The lock on the bytes orders the log, too.
         let mut bytes = self.0.bytes.lock().unwrap();
+        if off + data.len() as u64 > MOST {
+            return Err(io::Error::from_raw_os_error(libc::EFBIG));
+        }
         self.0.note(|| Op::Write(off, data.clone()))?;
         let end = off as usize + data.len();
         if end > bytes.len() {
@@ -140,6 +146,9 @@ impl Driver for OnDisk {
     }
     fn resize(&self, len: u64) -> io::Result<()> {
         let mut bytes = self.0.bytes.lock().unwrap();
+        if len > MOST {
+            return Err(io::Error::from_raw_os_error(libc::EFBIG));
+        }
         self.0.note(|| Op::Resize(len))?;
         bytes.resize(len as usize, 0);
         Ok(())
