@@ -14,6 +14,7 @@ use crate::error::Result;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 const F_SEG_MAX: u64 = 1 << 2;
 const F_RO: u64 = 1 << 5;
@@ -65,6 +66,8 @@ pub struct BlkConfig {
     pub config_wce: bool,
     /// Threads that serve the queues.
     pub workers: u16,
+    /// How long each of them may look for the next request before it sleeps.
+    pub poll: Duration,
 }
 
 impl Default for BlkConfig {
@@ -86,6 +89,7 @@ impl Default for BlkConfig {
             max_write_zeroes_sectors: MAX_SEGMENT_SECTORS,
             config_wce: true,
             workers: 1,
+            poll: Duration::ZERO,
         }
     }
 }
@@ -314,6 +318,7 @@ impl VirtioDevice for Blk {
                 (0, id) => format!("blk {id}"),
                 (n, id) => format!("blk {id} {n}"),
             }),
+            poll: self.config.poll,
         };
         Ok((0..self.config.workers).map(task).collect())
     }

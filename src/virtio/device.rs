@@ -8,6 +8,7 @@ use super::queue::Queue;
 use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Which kind of device it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,6 +79,9 @@ pub struct Task {
     pub queues: Vec<u16>,
     /// Its thread.
     pub thread: Thread,
+    /// How long its thread may look at the queues before it sleeps, if requests have been coming in
+    /// as short intervals; zero: it sleeps at once. The thread takes the longest of its workers.
+    pub poll: Duration,
 }
 
 /// Which thread runs a worker.

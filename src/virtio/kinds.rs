@@ -20,6 +20,7 @@ use crate::net::netdev::Netdev;
 use crate::pci::root::PciRoot;
 use serde_json::{Map, Value};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// A device model.
 pub struct Model {
@@ -217,6 +218,8 @@ const BLK: &[Property] = &[
     ("num-queues", Type::Number(16)),
     ("queue-size", Type::Number(16)),
     ("workers", Type::Number(16)),
+    // Of QEMU's iothread; here the workers' own.
+    ("poll-max-ns", Type::Number(32)),
     ("discard", Type::Bool),
     ("write-zeroes", Type::Bool),
     ("max-discard-sectors", Type::Number(32)),
@@ -240,6 +243,7 @@ fn make_blk(p: &Properties, making: &mut Making) -> Result<Arc<dyn VirtioDevice>
         num_queues: p.number("num-queues").unwrap_or(making.cpus.clamp(1, 64) as u16),
         queue_size: p.number("queue-size").unwrap_or(d.queue_size),
         workers: p.number("workers").unwrap_or(d.workers),
+        poll: p.number("poll-max-ns").map_or(d.poll, Duration::from_nanos),
         discard: p.switch("discard").unwrap_or(d.discard),
         write_zeroes: p.switch("write-zeroes").unwrap_or(d.write_zeroes),
         max_discard_sectors: p.number("max-discard-sectors").unwrap_or(d.max_discard_sectors),

@@ -17,6 +17,7 @@ use crate::net::netdev::{Netdev, Offload};
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 const F_CSUM: u64 = 1 << 0;
 const F_GUEST_CSUM: u64 = 1 << 1;
@@ -213,6 +214,7 @@ impl VirtioDevice for Net {
             worker: Box::new(worker),
             queues: vec![0, 1],
             thread: Thread::Own(format!("net {}", self.config.id)),
+            poll: Duration::ZERO,
         }])
     }
 

@@ -306,6 +306,17 @@ impl Queue {
         })
     }
 
+    /// For the worker loop, while it polls: a request waits that its owner has not left on purpose.
+    pub(super) fn is_waiting(&self) -> bool {
+        if self.halt.is_set() {
+            return false;
+        }
+        let ring = self.lock();
+        // What is wrong with the ring is found out by the pop.
+        let waits = |live: &Live| live.hungry && live.available() != Ok(0);
+        !ring.parked && ring.live.as_ref().is_some_and(waits)
+    }
+
     /// For the worker loop, when it wakes: no kicks are needed while a lone worker is awake.
     pub(super) fn suppress_kicks(&self) {
         if self.workers().len() > 1 {

@@ -77,7 +77,12 @@ impl VirtioDevice for Rng {
             period_ends: Instant::now(),
             timer: limited.then(TimerFd::new).transpose()?,
         };
-        Ok(vec![Task { worker: Box::new(worker), queues: vec![0], thread: Thread::Slow }])
+        Ok(vec![Task {
+            worker: Box::new(worker),
+            queues: vec![0],
+            thread: Thread::Slow,
+            poll: Duration::ZERO,
+        }])
     }
 }
 

@@ -12,6 +12,7 @@ use pci::{Driver, Mmio};
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock};
+use std::time::Duration;
 
 #[path = "../../tests/kit/pci.rs"]
 pub mod pci;
@@ -221,7 +222,7 @@ impl VirtioDevice for Echo {
         let task = |(queues, thread): &(Vec<u16>, Thread)| {
             let (gate, done, held) = (self.gate.clone(), self.done.clone(), self.held.clone());
             let worker = Box::new(EchoWorker { gate, done, held });
-            Task { worker, queues: queues.clone(), thread: thread.clone() }
+            Task { worker, queues: queues.clone(), thread: thread.clone(), poll: Duration::ZERO }
         };
         Ok(self.tasks.iter().map(task).collect())
     }

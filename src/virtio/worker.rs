@@ -28,7 +28,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// The name of the thread that slow devices share.
 const SLOW: &str = "virtio-slow";
@@ -45,6 +45,7 @@ struct Member {
     all: Arc<[Arc<Queue>]>,
     halt: Arc<Halt>,
     transport: Arc<dyn Transport>,
+    poll: Duration,
 }
 
 /// The sender is dropped when the command has been carried out: that is the answer.
@@ -102,6 +103,7 @@ impl Loop {
     fn run(&self) {
         let mut members: Vec<Member> = Vec::new();
         let (mut poll, mut sources) = (PollSet::default(), Vec::new());
+        let mut patience = Patience::default();
         loop {
             for command in self.take_commands() {
                 match command {
@@ -119,13 +121,22 @@ impl Loop {
             poll.clear();
             let kicked = poll.add(self.kick.as_raw_fd(), libc::POLLIN);
             Self::ask_sources(&mut members, &mut poll, &mut sources);
+            if sources.is_empty()
+                && patience.watch(|| self.has_commands() || members.iter().any(Member::has_work))
+            {
+                continue;
+            }
             self.kick.prepare();
             let busy = members.iter().filter(|m| m.must_stay_awake()).count() > 0;
             if busy || self.has_commands() {
                 // Not to sleep, but sources have their turn also when the rings never run dry.
                 poll.until(Instant::now());
             }
-            let polled = if busy && sources.is_empty() { Ok(()) } else { poll.wait() };
+            let max = members.iter().map(|m| m.poll).max().unwrap_or_default();
+            let polled = match busy && sources.is_empty() {
+                true => Ok(()),
+                false => patience.sleep(max, || poll.wait()),
+            };
             self.kick.rise(polled.is_ok() && poll.ready(kicked) != 0);
             if let Err(e) = polled {
                 // ENOMEM or a descriptor limit: no device can go on without hearing its kicks.
@@ -145,6 +156,50 @@ impl Loop {
                 }
             }
         });
+    }
+}
+
+/// How long a loop looks at its queues before it sleeps. A sleep and its end by an eventfd cost
+/// more than some microseconds of looking; but an idle VM must cost nothing: one long sleep, and
+/// the next ones come at once, until there was a short one.
+#[derive(Default)]
+struct Patience {
+    window: Duration,
+}
+
+impl Patience {
+    /// The first window.
+    const FIRST: Duration = Duration::from_micros(4);
+
+    /// Looks for work until the window is over; true when there is some.
+    fn watch(&self, found: impl Fn() -> bool) -> bool {
+        if self.window.is_zero() {
+            return false;
+        }
+        let end = Instant::now() + self.window;
+        loop {
+            if found() {
+                return true;
+            }
+            if Instant::now() >= end {
+                return false;
+            }
+            std::hint::spin_loop();
+        }
+    }
+
+    /// Sleeps, and learns from how long it was. `max`: zero for no looking at all.
+    fn sleep<T>(&mut self, max: Duration, sleep: impl FnOnce() -> T) -> T {
+        if max.is_zero() {
+            self.window = max;
+            return sleep();
+        }
+        let begin = Instant::now();
+        let result = sleep();
+        let missed = begin.elapsed() <= max;
+        self.window =
+            if missed { (self.window * 2).clamp(Self::FIRST.min(max), max) } else { Duration::ZERO };
+        result
     }
 }
 
@@ -189,6 +244,16 @@ impl Member {
                 self.worker.on_source(index, revents, &self.all);
             }
         }
+    }
+
+    /// A kick has come, or a request has without one.
+    fn has_work(&self) -> bool {
+        let comes = |q: &&Arc<Queue>| q.is_waiting();
+        match self.queues.iter().find(comes) {
+            Some(queue) => self.waker.mark(queue.index()),
+            None => return !self.halt.is_set() && self.waker.is_marked(),
+        }
+        true
     }
 
     /// Has the driver kick; true when there is something to do already.
@@ -294,6 +359,7 @@ impl Crew {
                 all: crew.queues.clone(),
                 halt: crew.halt.clone(),
                 transport: transport.clone(),
+                poll: task.poll,
             })));
         }
         Ok(crew)

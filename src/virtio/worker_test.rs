@@ -35,6 +35,7 @@ struct Rig {
     slow: Arc<SlowThread>,
     halt: Arc<Halt>,
     event_idx: bool,
+    poll: Duration,
 }
 
 fn rig(event_idx: bool) -> Rig {
@@ -45,12 +46,12 @@ fn rig(event_idx: bool) -> Rig {
     let setup = Setup { size: 16, desc: ring.desc, avail: ring.avail, used: ring.used };
     assert!(queue.enable(setup, 16, event_idx));
     let queues: Arc<[Arc<Queue>]> = Arc::new([Arc::new(queue)]);
-    Rig { ram, told, ring, queues, slow: Arc::default(), halt, event_idx }
+    Rig { ram, told, ring, queues, slow: Arc::default(), halt, event_idx, poll: Duration::ZERO }
 }
 
 impl Rig {
     fn crew(&self, workers: Vec<(Box<dyn Worker>, Thread)>) -> Crew {
-        let task = |(worker, thread)| Task { worker, queues: vec![0], thread };
+        let task = |(worker, thread)| Task { worker, queues: vec![0], thread, poll: self.poll };
         let tasks = workers.into_iter().map(task).collect();
         let transport: Arc<dyn Transport> = self.told.clone();
         Crew::start(tasks, self.queues.clone(), self.halt.clone(), &transport, &self.slow).unwrap()
@@ -91,8 +92,9 @@ fn own(n: usize) -> Thread {
 /// does not come is a wake-up that was lost.
 #[test]
 fn no_wake_up_is_lost() {
-    for (workers, event_idx) in [(1, false), (1, true), (3, false), (3, true)] {
-        let mut r = rig(event_idx);
+    let cases = [(1, false), (1, true), (3, false), (3, true)];
+    for ((workers, event_idx), micros) in cases.iter().flat_map(|c| [(*c, 0), (*c, 20)]) {
+        let mut r = Rig { poll: Duration::from_micros(micros), ..rig(event_idx) };
         let calls = Arc::new(AtomicUsize::new(0));
         let worker = |n| {
             let worker = Counter { calls: calls.clone(), stop: None };
@@ -118,7 +120,9 @@ fn no_wake_up_is_lost() {
                 }
             }
         }
-        println!("{workers} workers, event_idx {event_idx}: {kicks} kicks, {calls:?} calls");
+        println!(
+            "{workers} workers, event_idx {event_idx}, poll {micros} us: {kicks} kicks, {calls:?} calls"
+        );
         drop(crew);
     }
 }
@@ -249,4 +253,20 @@ fn the_slow_thread_lives_as_long_as_it_has_users() {
     assert_eq!(users(), Some(1));
     drop(two);
     assert_eq!(users(), None);
+}
+
+#[test]
+fn patience_is_learned_from_short_sleeps_and_lost_by_a_long_one() {
+    let max = Duration::from_millis(5);
+    let mut patience = Patience::default();
+    assert!(!patience.watch(|| panic!("an idle loop does not even look")));
+    patience.sleep(max, || ());
+    assert_eq!(patience.window, Patience::FIRST);
+    (0..20).for_each(|_| patience.sleep(max, || ()));
+    assert_eq!(patience.window, max);
+    assert!(patience.watch(|| true) && !patience.watch(|| false));
+    patience.sleep(max, || std::thread::sleep(max * 2));
+    assert_eq!(patience.window, Duration::ZERO);
+    patience.sleep(Duration::ZERO, || ());
+    assert_eq!(patience.window, Duration::ZERO);
 }
