@@ -270,3 +270,53 @@ fn a_block_device_of_the_host() {
     let e = open_with(&mut graph, &device.0, Common::default()).err().unwrap();
     assert_eq!(e.desc, format!("'file' driver requires '{}' to be a regular file", device.0));
 }
+
+/// A small file system, gone at the end; `None`, said so, without the right to mount one.
+struct Tmpfs(String);
+
+impl Tmpfs {
+    fn new(path: String) -> Option<Tmpfs> {
+        std::fs::create_dir(&path).unwrap();
+        let made = std::process::Command::new("mount")
+            .args(["-t", "tmpfs", "-o", "size=1m", "minivmm-test", &path])
+            .output();
+        match made {
+            Ok(out) if out.status.success() => Some(Tmpfs(path)),
+            other => {
+                eprintln!("skipped: no file system to fill (needs root): {other:?}");
+                None
+            }
+        }
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn no_space_left_is_told_and_the_request_can_be_done_again() {
+    use crate::event::ErrorAction;
+    let dir = Scratch::new("file-full");
+    let Some(fs) = Tmpfs::new(dir.path("mnt")) else { return };
+    let path = format!("{}/a", fs.0);
+    std::fs::File::create(&path).unwrap().set_len(4 << 20).unwrap();
+    let mut graph = Graph::new();
+    let n = node(&mut graph, &path);
+    let disk = graph.attach(Some(n), HandleSpec::default()).unwrap();
+    let data = vec![3; 2 << 20];
+    let e = disk.write(0, &Iov::from_slice(&data), Flags::NONE).unwrap_err();
+    assert_eq!(e.raw_os_error(), Some(libc::ENOSPC));
+    assert_eq!(disk.on_error(false, &e), ErrorAction::Stop);
+    assert_eq!(disk.len(), 4 << 20);
+    let more = ["-o", "remount,size=8m", &fs.0];
+    assert!(std::process::Command::new("mount").args(more).status().unwrap().success());
+    disk.write(0, &Iov::from_slice(&data), Flags::NONE).unwrap();
+    let mut back = vec![0; 2 << 20];
+    disk.read(0, &mut IovMut::from_slice(&mut back)).unwrap();
+    assert!(back == data);
+    graph.detach(&disk);
+    graph.close_all();
+}

@@ -186,7 +186,9 @@ fn guests_never_see_the_graph_change() {
         // A failure here must let the threads end.
         let control = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             let mut rng = Rng(seed);
-            let end = Instant::now() + Duration::from_millis(1000);
+            // `SOAK`: seconds, for a long run.
+            let soak = std::env::var("SOAK").ok().and_then(|s| s.parse().ok()).unwrap_or(1);
+            let end = Instant::now() + Duration::from_secs(soak);
             let mut serial = 0;
             let mut depth = 0;
             while Instant::now() < end {

@@ -198,3 +198,92 @@ fn block_resize_and_its_errors() {
     q.ok("blockdev-del", json!({"node-name": "fixed"}));
     q.ok("block_resize", json!({"node-name": "raw", "size": 0}));
 }
+
+/// Any commands in any order: no panic, nothing half done, and at the end nothing is left.
+#[test]
+fn random_commands_leave_a_graph_that_can_be_taken_apart() {
+    use crate::block::handle::HandleSpec;
+    use crate::block::testing::Rng;
+    use crate::block::{driver::Perm, graph::Parent};
+    let dir = Scratch::new("random");
+    let files: Vec<_> = (0..3).map(|i| dir.file(&format!("f{i}"), 1 << 20)).collect();
+    let open_fds = || {
+        let fds = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
+        let ours = |p: std::path::PathBuf| p.starts_with(&dir.0);
+        fds.filter(|e| std::fs::read_link(e.path()).is_ok_and(ours)).count()
+    };
+    let mut done = [0, 0];
+    for seed in 1..=8u64 {
+        eprintln!("seed {seed}");
+        let mut rng = Rng(seed * 7919);
+        let mut q = Qmp::new();
+        let mut handles = Vec::new();
+        let name = |rng: &mut Rng| format!("n{}", rng.below(8));
+        for _ in 0..150 {
+            let before = q.names();
+            let mut options = json!({"node-name": name(&mut rng)});
+            for (member, odds) in [("read-only", 3), ("auto-read-only", 4), ("force-share", 8)] {
+                if rng.below(odds) == 0 {
+                    options[member] = json!(rng.below(2) == 0);
+                }
+            }
+            let file = json!({"driver": "file", "filename": files[rng.below(3) as usize]});
+            let below = if rng.below(2) == 0 { json!(name(&mut rng)) } else { file.clone() };
+            let (command, args) = match rng.below(9) {
+                0..=1 => {
+                    options["driver"] = json!("file");
+                    options["filename"] = file["filename"].clone();
+                    ("blockdev-add", options)
+                }
+                2..=4 => {
+                    options["driver"] = json!("raw");
+                    options["file"] = below;
+                    if rng.below(2) == 0 {
+                        options["size"] = json!(512 * rng.below(3000));
+                    }
+                    ("blockdev-add", options)
+                }
+                5..=6 => ("blockdev-del", json!({"node-name": name(&mut rng)})),
+                7 => {
+                    let size = 512 * rng.below(4096);
+                    ("block_resize", json!({"node-name": name(&mut rng), "size": size}))
+                }
+                _ => {
+                    if rng.below(2) == 0 && !handles.is_empty() {
+                        let at = rng.below(handles.len() as u64) as usize;
+                        let handle = handles.swap_remove(at);
+                        q.vm.graph.detach(&handle);
+                    } else {
+                        let node = q.vm.graph.find(&name(&mut rng)).cloned();
+                        let (uses, shares) = (Perm(rng.below(16) as u8), Perm(rng.below(16) as u8));
+                        let spec = HandleSpec { uses, shares, ..HandleSpec::default() };
+                        handles.extend(q.vm.graph.attach(node, spec).ok());
+                    }
+                    continue;
+                }
+            };
+            match q.run(command, args) {
+                Ok(_) => done[0] += 1,
+                Err(_) => {
+                    done[1] += 1;
+                    assert_eq!(q.names(), before, "half done");
+                }
+            }
+            q.ok("query-blockstats", json!({"query-nodes": true}));
+        }
+        for handle in handles {
+            q.vm.graph.detach(&handle);
+        }
+        // From the top down, as long as anything goes.
+        while q.names().iter().any(|n| q.run("blockdev-del", json!({"node-name": n})).is_ok()) {}
+        let left: Vec<_> = q.vm.graph.nodes().cloned().collect();
+        for node in &left {
+            let by_node = |p: &Parent| matches!(p, Parent::Node(..));
+            assert!(q.vm.graph.parents(node).iter().any(by_node), "{} is left", node.name);
+        }
+        assert!(left.is_empty(), "{:?}", q.names());
+        assert_eq!(open_fds(), 0);
+    }
+    eprintln!("{} commands did it, {} were refused", done[0], done[1]);
+    assert!(done[0] > 200 && done[1] > 200);
+}
