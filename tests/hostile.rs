@@ -248,6 +248,29 @@ fn resets_in_the_middle_of_slow_requests_wait_for_them() {
         }
         g.start(0);
         disk_works(&mut g);
+        // Unplugged, or the end of the program: for good.
+        state.hold(true);
+        let at = g.free;
+        let head = g.rings[0].chain(&[(at, 528, false), (at + 600, 1, true)]).unwrap();
+        g.rings[0].offer(head);
+        g.kick(0);
+        state.wait_inside(1);
+        let other = state.clone();
+        let opener = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(10));
+            other.hold(false);
+        });
+        g.pci.stop();
+        assert_eq!(state.inside.load(Ordering::SeqCst), 0, "a request outlived the device");
+        opener.join().unwrap();
+        let asked = state.log.lock().unwrap().len();
+        g.write(STATUS, 1, 3);
+        g.accept(g.offered());
+        g.write(STATUS, 1, 11);
+        g.write(STATUS, 1, 15);
+        g.kick(0);
+        std::thread::sleep(Duration::from_millis(5));
+        assert_eq!(state.log.lock().unwrap().len(), asked, "it came back to life");
     }
 }
 

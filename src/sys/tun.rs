@@ -80,27 +80,6 @@ pub fn set_sndbuf(fd: BorrowedFd, bytes: i32) -> io::Result<()> {
     check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETSNDBUF, &bytes) })
 }
 
-/// The maximum transmission unit of interface `name` (`SIOCGIFMTU`), if it can be had.
-pub fn mtu(name: &str) -> io::Result<u32> {
-    let mut req = ifreq();
-    if name.len() >= req.ifr_name.len() {
-        return Err(io::Error::from_raw_os_error(libc::ENAMETOOLONG));
-    }
-    for (to, from) in req.ifr_name.iter_mut().zip(name.bytes()) {
-        *to = from as libc::c_char;
-    }
-    // SAFETY: plain system calls on a socket that is closed here; SIOCGIFMTU reads and writes one
-    // ifreq and leaves the MTU in ifru_mtu.
-    unsafe {
-        let socket = libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0);
-        check(socket)?;
-        let result = check(libc::ioctl(socket, libc::SIOCGIFMTU, &mut req));
-        libc::close(socket);
-        result?;
-        Ok(req.ifr_ifru.ifru_mtu.max(0) as u32)
-    }
-}
-
 /// Sets `O_NONBLOCK` on a descriptor that came from outside.
 pub fn set_nonblocking(fd: BorrowedFd) -> io::Result<()> {
     // SAFETY: fcntl on an open descriptor, with an int argument.
