@@ -294,6 +294,34 @@ fn descriptors(pid: u32) -> Vec<(String, String)> {
     list
 }
 
+/// Processor time of a process, in clock ticks (1/100 s).
+fn ticks(pid: u32) -> u64 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let fields: Vec<&str> = stat.rsplit(") ").next().unwrap().split(' ').collect();
+    fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+}
+
+/// Without descriptors nobody can be let in: the server waits for better times, and does not spin.
+#[test]
+fn a_client_that_cannot_be_let_in_waits() {
+    let vm = Vm::start("[machine]\naccel = \"none\"\nmemory = \"16M\"\n");
+    drop(vm.qmp());
+    let limit = |n: usize| {
+        kit::run("prlimit", &["--pid", &vm.pid().to_string(), &format!("--nofile={n}:1024")]);
+    };
+    // The client that has just gone may still be open there.
+    std::thread::sleep(Duration::from_millis(100));
+    let open: Vec<usize> = descriptors(vm.pid()).iter().map(|d| d.0.parse().unwrap()).collect();
+    limit((0..).find(|n| !open.contains(n)).unwrap());
+    let mut line = Line::connect(&vm.path("qmp"));
+    assert_eq!(line.next(Duration::from_millis(200)), Err(false), "it was let in");
+    let before = ticks(vm.pid());
+    assert_eq!(line.next(Duration::from_secs(1)), Err(false));
+    assert!(ticks(vm.pid()) - before < 30, "it spins");
+    limit(1024);
+    assert!(line.next(LIMIT).unwrap()["QMP"].is_object());
+}
+
 /// 100,000 rounds of use and of abrupt disconnects under `just soak`; fewer otherwise.
 #[test]
 fn no_descriptor_leaks() {

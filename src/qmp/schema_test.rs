@@ -3,7 +3,7 @@ use crate::control::vm::Settings;
 use crate::qmp::introspect;
 use crate::wire_enum;
 use serde_json::json;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 wire_enum! {
     /// Kind.
@@ -103,6 +103,44 @@ fn the_schema_defines_every_type_that_it_uses() {
     // One object without members serves all commands without arguments.
     let arg_of = |name| &all.iter().find(|e| e["name"] == name).unwrap()["arg-type"];
     assert_eq!(arg_of("query-version"), arg_of("STOP"));
+}
+
+/// Types are told apart by name in the schema: two of one name must be the same.
+#[test]
+fn types_of_one_name_are_one_type() {
+    fn shape(def: &Def) -> (Vec<&'static str>, Vec<Ty>) {
+        match def {
+            Def::Enum(words) => (words.iter().map(|w| w.name).collect(), Vec::new()),
+            Def::Object(members) => {
+                (members.iter().map(|m| m.name).collect(), members.iter().map(|m| m.ty).collect())
+            }
+            Def::Union { members, variants, .. } => (
+                members.iter().map(|m| m.name).chain(variants.iter().map(|v| v.0)).collect(),
+                members.iter().map(|m| m.ty).chain(variants.iter().map(|v| v.1)).collect(),
+            ),
+            Def::Alternate(branches) => (Vec::new(), branches.clone()),
+        }
+    }
+    let mut seen: HashMap<&str, Vec<&str>> = HashMap::new();
+    let mut todo: Vec<Ty> = names().flat_map(|(_, c)| [c.args, c.returns]).collect();
+    todo.extend(crate::qmp::event::EVENTS.iter().map(|e| e.data));
+    while let Some(ty) = todo.pop() {
+        match ty {
+            Ty::Builtin(..) => {}
+            Ty::Array(of) => todo.push(*of),
+            Ty::Named(name, def) => {
+                let (parts, types) = shape(&def());
+                match seen.get(name) {
+                    Some(other) => assert_eq!(*other, parts, "two types are named {name}"),
+                    None => {
+                        seen.insert(name, parts);
+                        todo.extend(types);
+                    }
+                }
+            }
+        }
+    }
+    assert!(seen.len() > 20);
 }
 
 #[test]

@@ -22,12 +22,16 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Bytes of one read.
 const READ: usize = 32 << 10;
 /// Requests of one turn; then the rest of the VM has its turn.
 const TURN: usize = 256;
+
+/// After a failed accept (no descriptors left), nobody is let in for so long: the client still waits
+/// in the kernel's queue, and asking at once would get the same answer for ever.
+const PATIENCE: Duration = Duration::from_millis(500);
 
 /// All monitors.
 #[derive(Default)]
@@ -49,6 +53,8 @@ struct Monitor {
 
 struct Listener {
     fd: OwnedFd,
+    /// Not before then.
+    not_before: Option<Instant>,
     /// The file of a socket that we made.
     _file: Option<SocketFile>,
 }
@@ -112,7 +118,7 @@ impl Server {
     }
 
     fn add_listener(&mut self, fd: OwnedFd, file: Option<SocketFile>, pretty: bool) {
-        let listener = Some(Listener { fd, _file: file });
+        let listener = Some(Listener { fd, not_before: None, _file: file });
         self.monitors.push(Monitor { conn: Conn::new(), listener, client: None, pretty, token: None });
     }
 
@@ -186,9 +192,9 @@ impl Source for Server {
     fn prepare(&mut self, _: &mut Vm, set: &mut PollSet) {
         for m in &mut self.monitors {
             m.token = None;
-            match (&mut m.client, &m.listener) {
+            match (&mut m.client, &mut m.listener) {
                 (Some(client), _) => client.prepare(set),
-                (None, Some(listener)) => m.token = Some(set.add(listener.fd.as_raw_fd(), libc::POLLIN)),
+                (None, Some(listener)) => m.token = listener.prepare(set),
                 (None, None) => {}
             }
         }
@@ -220,6 +226,18 @@ impl Source for Server {
     }
 }
 
+impl Listener {
+    fn prepare(&mut self, set: &mut PollSet) -> Option<Token> {
+        match self.not_before {
+            Some(when) if when > Instant::now() => {
+                set.until(when);
+                None
+            }
+            _ => Some(set.add(self.fd.as_raw_fd(), libc::POLLIN)),
+        }
+    }
+}
+
 impl Monitor {
     fn greet(&mut self, stream: Stream) {
         let mut client = Client::new(stream, self.pretty);
@@ -228,7 +246,7 @@ impl Monitor {
     }
 
     fn accept(&mut self, set: &PollSet) {
-        let Some(listener) = &self.listener else { return };
+        let Some(listener) = &mut self.listener else { return };
         if self.token.take().is_none_or(|token| set.ready(token) == 0) {
             return;
         }
@@ -242,7 +260,10 @@ impl Monitor {
             }
             // WouldBlock: it is gone again already.
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
-            Err(e) => log::warn!("QMP: cannot accept a client: {e}"),
+            Err(e) => {
+                log::warn!("QMP: cannot accept a client: {e}");
+                listener.not_before = Some(Instant::now() + PATIENCE);
+            }
         }
     }
 }

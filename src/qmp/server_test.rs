@@ -4,7 +4,6 @@ use crate::control::vm::{Cause, Settings};
 use serde_json::{Value, json};
 use std::io::{Read, Write};
 use std::os::fd::BorrowedFd;
-use std::time::Duration;
 
 /// A server with a VM, driven by hand.
 struct Rig {
