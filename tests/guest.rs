@@ -278,6 +278,77 @@ fn settings(slave: &std::fs::File) -> String {
     run("stty", &["-a", "-F", path.to_str().unwrap()])
 }
 
+/// A process that does not outlive its test.
+struct OnTerminal(std::process::Child);
+
+impl OnTerminal {
+    fn kill(&self, signal: i32) {
+        run("kill", &[&format!("-{signal}"), &self.0.id().to_string()]);
+    }
+
+    fn wait(&mut self) -> std::process::ExitStatus {
+        let start = Instant::now();
+        loop {
+            if let Some(ended) = self.0.try_wait().unwrap() {
+                return ended;
+            }
+            assert!(start.elapsed() < kit::LIMIT, "it does not end");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+impl Drop for OnTerminal {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// minivmm with its console on a terminal, once that is raw.
+fn on_terminal(dir: &Dir, slave: &std::fs::File, mode: &str) -> OnTerminal {
+    let path = dir.join("config.toml");
+    std::fs::write(&path, config(mode).replace("@GUEST", guest().to_str().unwrap())).unwrap();
+    let child = Command::new(MINIVMM)
+        .arg(&path)
+        .stdin(slave.try_clone().unwrap())
+        .stdout(slave.try_clone().unwrap())
+        .spawn()
+        .unwrap();
+    let child = OnTerminal(child);
+    wait_raw(slave);
+    child
+}
+
+fn wait_raw(slave: &std::fs::File) {
+    let start = Instant::now();
+    while !settings(slave).contains("-icanon") {
+        assert!(start.elapsed() < kit::LIMIT, "never raw");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn a_stopped_console_is_raw_again_when_it_goes_on() {
+    use std::io::Write;
+    if !have_kvm() {
+        return;
+    }
+    let (mut master, slave) = terminal();
+    let dir = Dir::new();
+    let mut child = on_terminal(&dir, &slave, "halt");
+    child.kill(libc::SIGSTOP);
+    // As a shell does that takes its terminal back.
+    use std::os::fd::AsRawFd;
+    let path = std::fs::read_link(format!("/proc/self/fd/{}", slave.as_raw_fd())).unwrap();
+    run("stty", &["-F", path.to_str().unwrap(), "sane"]);
+    assert!(!settings(&slave).contains("-icanon"));
+    child.kill(libc::SIGCONT);
+    wait_raw(&slave);
+    master.write_all(b"\x01x").unwrap();
+    assert!(child.wait().success());
+}
+
 #[test]
 fn a_terminal_is_raw_meanwhile_and_itself_again_on_every_way_out() {
     use std::io::Write;
@@ -298,34 +369,13 @@ fn a_terminal_is_raw_meanwhile_and_itself_again_on_every_way_out() {
         let before = settings(&slave);
         assert!(before.contains("isig icanon") && !before.contains("-isig"), "{before}");
         let dir = Dir::new();
-        let path = dir.join("config.toml");
-        std::fs::write(&path, config(mode).replace("@GUEST", guest().to_str().unwrap())).unwrap();
-        let mut child = Command::new(MINIVMM)
-            .arg(&path)
-            .stdin(slave.try_clone().unwrap())
-            .stdout(slave.try_clone().unwrap())
-            .spawn()
-            .unwrap();
-        let start = Instant::now();
-        while !settings(&slave).contains("-icanon") {
-            assert!(start.elapsed() < kit::LIMIT, "never raw");
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        let mut child = on_terminal(&dir, &slave, mode);
         std::thread::sleep(Duration::from_millis(50));
         master.write_all(keys.as_bytes()).unwrap();
         if let Some(signal) = signal {
-            run("kill", &[&format!("-{signal}"), &child.id().to_string()]);
+            child.kill(signal);
         }
-        let ended = loop {
-            if let Some(ended) = child.try_wait().unwrap() {
-                break ended;
-            }
-            if start.elapsed() > kit::LIMIT {
-                child.kill().unwrap();
-                panic!("{mode} {signal:?}: it does not end");
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        };
+        let ended = child.wait();
         assert_eq!(ended.code(), status, "{mode} {signal:?}: {ended}");
         assert_eq!(settings(&slave), before, "{mode} {signal:?}");
     }
