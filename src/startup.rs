@@ -37,17 +37,21 @@ pub fn check(config: &Config) -> Result<(), String> {
 
 /// Runs the VM; the process's exit status.
 pub fn run(config: &Config) -> Result<u8, String> {
+    log::debug!("the configuration is read");
     // Before the first thread, which inherits it.
     let signals = Signals::block(&TERMINATION).map_err(|e| strerror(&e))?;
     let mut built = build(config, false).map_err(|f| config.sources.message(&f))?;
     let mut sources = open_ends(config, &mut built).map_err(|f| config.sources.message(&f))?;
     let mut vm = built.vm;
     start(&mut vm).map_err(|e| e.desc)?;
+    log::debug!("the processors run");
     let mut borrowed: Vec<&mut dyn Source> =
         sources.iter_mut().map(|s| &mut **s as &mut dyn Source).collect();
     let ran = event_loop::run(&mut vm, &signals, &mut borrowed);
+    log::debug!("the end begins");
     // Disks are closed before the monitors are: a client that sees the end may use the images.
     vm.shut_down().map_err(|e| format!("the disks were not written back: {}", strerror(&e)))?;
+    log::debug!("everything is closed");
     ran.map_err(|e| format!("the control loop failed: {}", strerror(&e)))
 }
 
@@ -68,6 +72,7 @@ fn build(config: &Config, check: bool) -> Result<Built, Fault> {
     let accel = if check { Accel::None } else { settings.accel };
     let wanted = MachineConfig { memory: settings.memory, topology: settings.topology, accel };
     let mut machine = Machine::new(&wanted, vm.events.clone()).map_err(plain)?;
+    log::debug!("the machine is there");
     let board = Board::new(&mut machine).map_err(plain)?;
     (vm.machine, vm.board) = (Some(machine), Some(board));
 
@@ -86,6 +91,7 @@ fn build(config: &Config, check: bool) -> Result<Built, Fault> {
             load(machine, boot)?;
         }
     }
+    log::debug!("everything is open, and the kernel loaded");
     Ok(Built { vm, inherited })
 }
 
