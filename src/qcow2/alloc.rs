@@ -318,7 +318,3 @@ impl Meta {
 fn is_no_space(e: &io::Error) -> bool {
     matches!(e.raw_os_error(), Some(libc::ENOSPC | libc::EFBIG | libc::EDQUOT | libc::ENOTSUP))
 }
-
-#[cfg(test)]
-#[path = "alloc_test.rs"]
-mod tests;

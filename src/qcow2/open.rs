@@ -317,7 +317,3 @@ impl Meta {
         Ok(out)
     }
 }
-
-#[cfg(test)]
-#[path = "open_test.rs"]
-mod tests;
