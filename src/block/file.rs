@@ -191,9 +191,9 @@ fn open_fd(cx: &mut Opening, filename: &str, direct: bool) -> Result<(PassedFd, 
     let wanted = if cx.options.read_only { libc::O_RDONLY } else { libc::O_RDWR };
     let flags = if direct { libc::O_DIRECT } else { 0 };
     if filename.starts_with("/dev/fdset/") {
-        let mut passed = cx.fdset(filename, wanted | flags);
+        let mut passed = passed_fd(cx, filename, wanted, direct);
         if passed.is_err() && wanted == libc::O_RDWR && cx.options.auto_read_only {
-            passed = cx.fdset(filename, libc::O_RDONLY | flags);
+            passed = passed_fd(cx, filename, libc::O_RDONLY, direct);
             cx.options.read_only |= passed.is_ok();
         }
         return Ok((passed?, !cx.options.read_only, false));
@@ -219,6 +219,20 @@ fn open_fd(cx: &mut Opening, filename: &str, direct: bool) -> Result<(PassedFd, 
     let fd = fd.map_err(cannot)?;
     let writable = wanted == libc::O_RDWR && !reopen;
     Ok((PassedFd { fd, keep: None }, writable, reopen && !cx.options.read_only))
+}
+
+/// A descriptor out of a set. One that does not bypass the page cache, where that is wanted, is
+/// opened again with O_DIRECT: the flag belongs to the open file, which is also the giver's.
+fn passed_fd(cx: &Opening, filename: &str, mode: i32, direct: bool) -> Result<PassedFd> {
+    if !direct {
+        return cx.fdset(filename, mode);
+    }
+    cx.fdset(filename, mode | libc::O_DIRECT).or_else(|_| {
+        let mut passed = cx.fdset(filename, mode)?;
+        passed.fd = crate::sys::ofd::reopen(&passed.fd, mode | libc::O_DIRECT)
+            .map_err(|e| direct_error(filename, &e))?;
+        Ok(passed)
+    })
 }
 
 fn direct_error(filename: &str, e: &io::Error) -> Error {

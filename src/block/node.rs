@@ -447,14 +447,9 @@ impl Node {
         if len > MAX_LEN {
             return Err(errno(libc::EFBIG));
         }
-        let old = self.len();
         let done = self.driver.resize(len);
         self.changes.fetch_add(1, Ordering::AcqRel);
-        done?;
-        if len < old {
-            self.highest.fetch_min(len, Ordering::Relaxed);
-        }
-        Ok(())
+        done
     }
 
     fn check_change(&self, off: u64, n: u64) -> io::Result<()> {

@@ -166,6 +166,49 @@ fn nodes_come_and_go_with_those_that_only_they_used() {
     assert!(q.names().is_empty());
 }
 
+/// The three requests of QEMU 2.8's `docs/qmp-commands.txt`, with other paths.
+#[test]
+fn the_examples_of_the_old_manual() {
+    use crate::block::testing::qemu;
+    let Some(img) = qemu("qemu-img") else { return };
+    let dir = Scratch::new("manual");
+    let path = dir.path("test.qcow2");
+    let made = std::process::Command::new(img).args(["create", "-q", "-f", "qcow2", &path, "16M"]).status();
+    assert!(made.unwrap().success());
+    let raw = dir.file("base", 16 << 20);
+    let mut q = Qmp::new();
+    let file = json!({"driver": "file", "filename": path});
+    q.ok("blockdev-add", json!({"driver": "qcow2", "file": file}));
+    let name = q.names().into_iter().next().unwrap();
+    q.ok("x-blockdev-del", json!({"node-name": name}));
+    let member = std::fs::File::open(&raw).unwrap();
+    q.vm.fds.add(member.into(), Some(4), None).unwrap();
+    let add = json!({
+        "driver": "qcow2",
+        "node-name": "my_disk",
+        "discard": "unmap",
+        "cache": {"direct": true, "writeback": true},
+        "file": file,
+        "backing": {"driver": "raw", "file": {"driver": "file", "filename": "/dev/fdset/4"}}
+    });
+    match q.run("blockdev-add", add) {
+        Ok(_) => {
+            let all = q.ok("query-named-block-nodes", json!({}));
+            let direct = |n: &Value| n["cache"]["direct"] == true;
+            assert!(all.as_array().unwrap().iter().all(direct), "{all}");
+            assert_eq!(all.as_array().unwrap().len(), 4);
+            q.ok("x-blockdev-del", json!({"node-name": "my_disk"}));
+        }
+        Err(e) => assert!(e.desc.contains("does not support O_DIRECT"), "{e}"),
+    }
+    q.ok("blockdev-add", json!({"driver": "qcow2", "node-name": "node0", "file": file}));
+    q.ok("x-blockdev-del", json!({"node-name": "node0"}));
+    assert!(q.names().is_empty());
+    // The set is there as long as its own descriptor; the node's duplicates are gone.
+    q.vm.fds.remove(4, None).unwrap();
+    assert!(q.vm.fds.list().is_empty());
+}
+
 #[test]
 fn block_resize_and_its_errors() {
     let dir = Scratch::new("resize");
