@@ -16,6 +16,7 @@ const FLOORS: &[&[&str]] = &[
     &["control"],
     &["qmp"],
     &["config", "args"],
+    &["startup"],
     &["main", "lib"],
 ];
 
