@@ -69,7 +69,8 @@ impl Client {
         }
     }
 
-    fn unsent(&self) -> usize {
+    /// Bytes that wait to be sent.
+    pub fn unsent(&self) -> usize {
         self.output.len() - self.sent
     }
 

@@ -173,6 +173,19 @@ fn describe(ty: &Ty) -> String {
     }
 }
 
+/// Appends `line` and `words`, over several lines of at most 100 columns.
+fn wrap(out: &mut String, mut line: String, words: impl Iterator<Item = &'static str>, indent: usize) {
+    for word in words {
+        if line.chars().count() + 1 + word.chars().count() > 100 {
+            let _ = writeln!(out, "{line}");
+            line = " ".repeat(indent - 1);
+        }
+        line.push(' ');
+        line.push_str(word);
+    }
+    let _ = writeln!(out, "{line}");
+}
+
 /// The members of a type, and of the types of these, each type once.
 fn type_help(out: &mut String, ty: &Ty, indent: usize, explained: &mut Vec<&'static str>) {
     let (name, def) = match ty {
@@ -193,10 +206,21 @@ fn type_help(out: &mut String, ty: &Ty, indent: usize, explained: &mut Vec<&'sta
         Def::Object(members) => members_help(out, &members, indent, explained),
         Def::Union { members, tag, variants } => {
             members_help(out, &members, indent, explained);
-            for (word, ty) in variants {
-                if !is_empty(&ty) {
-                    let _ = writeln!(out, "{pad}with {tag} {word}:");
-                    type_help(out, &ty, indent + 2, explained);
+            let mut left = &variants[..];
+            while let Some((first, ty)) = left.first() {
+                // Neighbours with the same members are explained together.
+                let same = left.iter().take_while(|v| describe(&v.1) == describe(ty)).count();
+                let words: Vec<_> = left[..same].iter().map(|v| v.0).collect();
+                left = &left[same..];
+                if is_empty(ty) {
+                    continue;
+                }
+                let known = matches!(ty, Ty::Named(name, _) if explained.contains(name));
+                if known {
+                    let _ = writeln!(out, "{pad}with {tag} {first}: the members of {}", describe(ty));
+                } else {
+                    let _ = writeln!(out, "{pad}with {tag} {}:", words.join(" or "));
+                    type_help(out, ty, indent + 2, explained);
                 }
             }
         }
@@ -212,8 +236,9 @@ fn members_help(out: &mut String, members: &[Member], indent: usize, explained: 
     let pad = " ".repeat(indent);
     for m in members {
         let optional = if m.optional { ", optional" } else { "" };
-        let doc: Vec<_> = m.doc.iter().map(|l| l.trim()).collect();
-        let _ = writeln!(out, "{pad}{} ({}{optional}): {}", m.name, describe(&m.ty), doc.join(" "));
+        let head = format!("{pad}{} ({}{optional}):", m.name, describe(&m.ty));
+        let words = m.doc.iter().flat_map(|l| l.split_whitespace());
+        wrap(out, head, words, indent + 4);
         type_help(out, &m.ty, indent + 4, explained);
     }
 }

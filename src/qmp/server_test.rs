@@ -1,6 +1,7 @@
 use super::*;
 use crate::control::state::RunState;
 use crate::control::vm::{Cause, Settings};
+use crate::qmp::client::HIGH_WATER;
 use serde_json::{Value, json};
 use std::io::{Read, Write};
 use std::os::fd::BorrowedFd;
@@ -301,6 +302,24 @@ fn a_client_that_does_not_read_is_not_read_from_and_hinders_nobody() {
     }
     assert_eq!(replies.len(), 100);
     assert!(replies.iter().all(|r| r["id"].as_str() == Some(&id)));
+}
+
+#[test]
+fn short_requests_with_long_replies_do_not_pile_up() {
+    let mut rig = Rig::new();
+    let mut peer = rig.negotiated();
+    // All of them arrive in one read.
+    peer.send(&br#"{"execute":"query-qmp-schema"}"#.repeat(200));
+    rig.run();
+    let unsent = rig.server.monitors[0].client.as_ref().unwrap().unsent();
+    assert!(unsent > HIGH_WATER && unsent < HIGH_WATER + 200_000, "{unsent} bytes wait");
+    let mut replies = 0;
+    let start = Instant::now();
+    while replies < 200 && start.elapsed() < Duration::from_secs(60) {
+        replies += peer.all().len();
+        rig.run();
+    }
+    assert_eq!(replies, 200);
 }
 
 #[test]
