@@ -155,13 +155,16 @@ fn guests_never_see_the_graph_change() {
     let mut graph = Graph::new();
     let (first, mut storage) = mem("n0");
     graph.add(first.clone()).unwrap();
-    let spec = HandleSpec { name: "disk".into(), ..HandleSpec::default() };
+    // Two disks on the same node: all gates above it must be closed.
+    let spec = HandleSpec { shares: Perm::ALL, ..HandleSpec::default() };
+    let other = graph.attach(Some(first.clone()), spec.clone()).unwrap();
     let handle = graph.attach(Some(first), spec).unwrap();
     let (stop, requests) = (AtomicBool::new(false), AtomicUsize::new(0));
     let mut counts = [0; 4];
     std::thread::scope(|s| {
         for t in 0..4u64 {
-            let (handle, stop, requests) = (&handle, &stop, &requests);
+            let handle = if t % 2 == 0 { &handle } else { &other };
+            let (stop, requests) = (&stop, &requests);
             s.spawn(move || {
                 let mut rng = Rng(seed + t);
                 // Slots of 1000 bytes at odd offsets, the threads' own ones interleaved.
