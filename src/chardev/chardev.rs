@@ -11,15 +11,17 @@
 //!          ◄─ Frontend::input_ready, output_room ◄──────── (with no lock of this file held)
 //! ```
 //!
-//! A vCPU never waits for a backend. [`Chardev::write`] takes what fits and says how much that
+//! A vCPU never waits for a backend. Where a write cannot wait (pipes, terminals, sockets) it is done
+//! at once, and a VM that only prints needs no thread; else [`Chardev::write`] takes what fits and says how much that
 //! was; the frontend keeps the rest and stops telling its guest that it is ready, until
 //! [`Frontend::output_room`]. Nothing is lost in either direction: input that no one takes stays in
 //! the pipe it comes from (a terminal's is read all the same, so that its escape keys always work).
 //!
 //! Threads: any writes and takes; one thread per backend, started when there is something to do:
-//! at [`Chardev::attach`] if the backend has input, else at the first write. While nothing happens
-//! it sleeps in poll(2). Locks: the queues' mutex, a leaf.
+//! at [`Chardev::attach`] if the backend has input, else when output must wait. While nothing
+//! happens it sleeps in poll(2). Locks: the queues' mutex, a leaf.
 
+use crate::sys::fdio::Output;
 use crate::sys::poll::PollSet;
 use crate::sys::thread::{self, SMALL_STACK};
 use std::io;
@@ -60,6 +62,10 @@ pub trait Backend: Send {
     fn output(&self) -> BorrowedFd<'_>;
     /// Writes some of `data` (at least one byte), or fails with `WouldBlock`.
     fn write(&mut self, data: &[u8]) -> io::Result<usize>;
+    /// Where a frontend's thread may write itself while nothing is queued.
+    fn immediate(&self) -> Option<Output> {
+        None
+    }
 }
 
 /// A frontend's end.
@@ -79,6 +85,7 @@ struct Shared {
 struct Queues {
     /// Until the thread is started; `None` also for a chardev without any backend.
     backend: Option<Box<dyn Backend>>,
+    immediate: Option<Output>,
     /// The thread runs and takes output.
     running: bool,
     /// No backend any more: output vanishes.
@@ -120,7 +127,8 @@ impl Chardev {
 
     fn with(label: &str, backend: Option<Box<dyn Backend>>) -> io::Result<Arc<Chardev>> {
         let wake = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
-        let queues = Queues { closed: backend.is_none(), backend, ..Queues::default() };
+        let immediate = backend.as_ref().and_then(|b| b.immediate());
+        let queues = Queues { closed: backend.is_none(), backend, immediate, ..Queues::default() };
         let shared = Arc::new(Shared { queues: Mutex::new(queues), changed: Condvar::new(), wake });
         Ok(Arc::new(Chardev { label: label.to_string(), shared, thread: Mutex::new(None) }))
     }
@@ -148,21 +156,37 @@ impl Chardev {
     /// not all, [`Frontend::output_room`] will be called.
     pub fn write(&self, data: &[u8]) -> usize {
         let mut queues = self.shared.lock();
-        if !queues.running && !queues.closed {
-            self.start(&mut queues);
-        }
         if queues.closed {
             return data.len();
         }
-        let n = data.len().min(OUTPUT - queues.output.len());
-        queues.output.extend_from_slice(&data[..n]);
-        queues.refused |= n < data.len();
+        let done = self.write_now(&mut queues, data);
+        if done == data.len() {
+            return done;
+        }
+        if !queues.running {
+            self.start(&mut queues);
+        }
+        let n = (data.len() - done).min(OUTPUT - queues.output.len());
+        queues.output.extend_from_slice(&data[done..done + n]);
+        queues.refused |= done + n < data.len();
         let asleep = std::mem::take(&mut queues.asleep);
         drop(queues);
         if asleep {
             self.shared.wake();
         }
-        n
+        done + n
+    }
+
+    /// Writes past the queue what can be written at once, if nothing is queued before it.
+    fn write_now(&self, queues: &mut Queues, data: &[u8]) -> usize {
+        let idle = queues.output.is_empty() && (queues.asleep || !queues.running);
+        match &mut queues.immediate {
+            Some(output) if idle => match output.write(data) {
+                Ok(n) => n,
+                Err(e) => lost(&self.label, &e).map_or(0, |()| data.len()),
+            },
+            _ => 0,
+        }
     }
 
     /// Takes input into `to`; returns how many bytes. Never waits. After 0,
@@ -185,6 +209,7 @@ impl Chardev {
     pub fn close(&self) {
         let mut queues = self.shared.lock();
         queues.closing = true;
+        queues.immediate = None;
         if !queues.running {
             queues.closed = true;
         }
@@ -240,6 +265,19 @@ impl Drop for Chardev {
     }
 }
 
+/// Is output lost to this error of a write? Says so. Nobody reads any more, or the disk is full: the
+/// guest cannot help it.
+fn lost(label: &str, e: &io::Error) -> Option<()> {
+    match e.kind() {
+        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => None,
+        io::ErrorKind::BrokenPipe => Some(()),
+        _ => {
+            log::warn!("chardev '{label}': {e}; output is lost");
+            Some(())
+        }
+    }
+}
+
 /// The chardev's thread.
 struct Pump {
     shared: Arc<Shared>,
@@ -260,6 +298,7 @@ impl Drop for Pump {
         queues.closed = true;
         queues.running = false;
         queues.output = Vec::new();
+        queues.immediate = None;
         let waiting = std::mem::take(&mut queues.refused).then(|| queues.frontend.clone()).flatten();
         drop(queues);
         self.shared.changed.notify_all();
@@ -335,13 +374,10 @@ impl Pump {
                 self.blocked = true;
                 false
             }
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => false,
             Err(e) => {
-                // Nobody reads any more, or the disk is full. The guest cannot help it.
-                if e.kind() != io::ErrorKind::BrokenPipe {
-                    log::warn!("chardev '{}': {e}; output is lost", self.label);
+                if lost(&self.label, &e).is_some() {
+                    self.written = self.writing.len();
                 }
-                self.written = self.writing.len();
                 false
             }
         }

@@ -1,4 +1,4 @@
-use super::super::testing::{is_nonblocking, pair, pipe};
+use super::super::testing::{is_nonblocking, output, pair, pipe};
 use super::*;
 use crate::sys::fdio::Output;
 use std::fs::File;
@@ -205,4 +205,44 @@ fn a_full_socket_would_block_too() {
     let mut output = Output::new(File::from(std::os::fd::OwnedFd::from(writer))).unwrap();
     let error = (0..10_000).find_map(|_| output.write(&[1; 3000]).err()).unwrap();
     assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+}
+
+#[test]
+fn a_pipe_that_is_read_needs_no_thread_and_a_full_one_loses_nothing() {
+    let (mut reader, writer) = pipe();
+    let chardev = output(writer);
+    let (_frontend, calls) = attach(&chardev);
+    let mut buf = [0; 5];
+    for _ in 0..1000 {
+        assert_eq!(chardev.write(b"hello"), 5);
+        reader.read_exact(&mut buf).unwrap();
+        assert_eq!(&buf, b"hello");
+    }
+    assert!(chardev.thread.lock().unwrap().is_none());
+    // Faster than it is read: at once, through the queue and at once again, in order all the same.
+    let pattern: Vec<u8> = (0..2_000_000u32).map(|n| (n % 249) as u8).collect();
+    let thread = std::thread::spawn({
+        let len = pattern.len();
+        move || {
+            let mut got = vec![0; len];
+            for (n, piece) in got.chunks_mut(100_000).enumerate() {
+                std::thread::sleep(Duration::from_millis(if n % 4 == 0 { 20 } else { 0 }));
+                reader.read_exact(piece).unwrap();
+            }
+            got
+        }
+    });
+    let mut sent = 0;
+    while sent < pattern.len() {
+        let end = (sent + 777).min(pattern.len());
+        let n = chardev.write(&pattern[sent..end]);
+        sent += n;
+        if sent < end {
+            assert_eq!(calls.recv_timeout(SOON), Ok("room"));
+        }
+    }
+    assert!(thread.join().unwrap() == pattern);
+    assert_eq!(chardev.write(b"nobody reads"), 12);
+    chardev.close();
+    assert_eq!(chardev.write(b"closed"), 6);
 }

@@ -10,6 +10,7 @@ use crate::sys::tty::{self, RawMode};
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::sync::Arc;
 
 /// What `Ctrl-A h` prints.
@@ -111,6 +112,16 @@ impl Backend for Console {
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
         self.output.write(data)
     }
+
+    fn immediate(&self) -> Option<Output> {
+        self.output.immediate()
+    }
+}
+
+/// /dev/null: an input that has ended, and needs no thread to find that out.
+fn is_null(file: &File) -> bool {
+    let null = libc::makedev(1, 3);
+    file.metadata().is_ok_and(|m| m.file_type().is_char_device() && m.rdev() == null)
 }
 
 /// The chardev on standard input and output. A terminal becomes raw now, and itself again when the
@@ -119,7 +130,7 @@ pub fn open(label: &str, events: Events) -> io::Result<Arc<Chardev>> {
     let input = File::from(io::stdin().as_fd().try_clone_to_owned()?);
     let output = File::from(io::stdout().as_fd().try_clone_to_owned()?);
     let terminal = if tty::is_terminal(input.as_fd()) { Some(RawMode::enter(input.as_fd())?) } else { None };
-    let (input, output) = (Some(input), Output::new(output)?);
+    let (input, output) = (Some(input).filter(|f| !is_null(f)), Output::new(output)?);
     Chardev::new(label, Box::new(Console { input, output, keys: Keys::default(), events, terminal }))
 }
 

@@ -29,10 +29,14 @@ impl Backend for FileBackend {
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
         self.0.write(data)
     }
+
+    fn immediate(&self) -> Option<Output> {
+        self.0.immediate()
+    }
 }
 
 /// A chardev that writes to the file at `path`, which is created if need be, and emptied unless
-/// `append`. The thread starts with the first byte.
+/// `append`. The thread starts with the first byte, and not at all for a FIFO that is read.
 pub fn open(label: &str, path: &Path, append: bool) -> io::Result<Arc<Chardev>> {
     // Non-blocking for the sake of a FIFO, whose open would wait for a reader.
     let mut options = OpenOptions::new();

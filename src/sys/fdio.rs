@@ -18,8 +18,10 @@ pub struct Output {
 
 #[derive(Clone, Copy, PartialEq)]
 enum Kind {
-    /// Regular files and what we opened ourselves: write(2) does the right thing.
-    Plain,
+    /// Regular files: write(2) does the right thing, and may wait for the disk.
+    Regular,
+    /// A pipe or terminal that we opened ourselves, non-blocking.
+    Own,
     /// A socket: send(2) with MSG_DONTWAIT.
     Socket,
     /// A pipe or terminal that could not be opened again: ask poll(2), then write at most what a
@@ -35,7 +37,7 @@ impl Output {
             return Ok(Output { file, kind: Kind::Socket });
         }
         if !kind.is_fifo() && !kind.is_char_device() {
-            return Ok(Output { file, kind: Kind::Plain });
+            return Ok(Output { file, kind: Kind::Regular });
         }
         // A new open file description: its O_NONBLOCK is our own.
         let again = OpenOptions::new()
@@ -43,8 +45,16 @@ impl Output {
             .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
             .open(format!("/proc/self/fd/{}", file.as_raw_fd()));
         match again {
-            Ok(file) => Ok(Output { file, kind: Kind::Plain }),
+            Ok(file) => Ok(Output { file, kind: Kind::Own }),
             Err(_) => Ok(Output { file, kind: Kind::Shared }),
+        }
+    }
+
+    /// Another one to the same file, if its writes never wait, not even for a disk.
+    pub fn immediate(&self) -> Option<Output> {
+        match self.kind {
+            Kind::Own | Kind::Socket => Some(Output { file: self.file.try_clone().ok()?, kind: self.kind }),
+            Kind::Regular | Kind::Shared => None,
         }
     }
 
@@ -56,7 +66,7 @@ impl Output {
     /// Writes some of `data`, or fails with `WouldBlock`.
     pub fn write(&mut self, data: &[u8]) -> io::Result<usize> {
         match self.kind {
-            Kind::Plain => self.file.write(data),
+            Kind::Regular | Kind::Own => self.file.write(data),
             Kind::Socket => {
                 let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
                 // SAFETY: `data` is readable for its length.
