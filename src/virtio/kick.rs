@@ -20,7 +20,7 @@ pub struct Kick {
 impl Kick {
     /// Of a thread that is awake.
     pub fn new() -> io::Result<Kick> {
-        let fd = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+        let fd = EventFd::new(libc::EFD_CLOEXEC)?;
         Ok(Kick { asleep: AtomicBool::new(false), fd })
     }
 
@@ -33,7 +33,7 @@ impl Kick {
     pub fn wake(&self) {
         fence(Ordering::SeqCst);
         if self.asleep.load(Ordering::Relaxed) && self.asleep.swap(false, Ordering::SeqCst) {
-            // It can fail only with EAGAIN at 2^64 - 2 wake-ups; then it is readable anyway.
+            // It would block only at 2^64 - 2 wake-ups that were not slept through.
             let _ = self.fd.write(1);
         }
     }
@@ -45,13 +45,21 @@ impl Kick {
         fence(Ordering::SeqCst);
     }
 
+    /// Sleeps until somebody wakes the thread; after [`Kick::prepare`]. One system call, where
+    /// poll(2) needs a second one to take the wake-up. A signal ends it early.
+    pub fn sleep(&self) {
+        // An error is the signal; there is no other (eventfd(2)).
+        let _ = self.fd.read();
+        self.asleep.store(false, Ordering::SeqCst);
+    }
+
     /// The thread does not sleep, or no longer; `readable` is what poll(2) said of the descriptor.
     /// (A waker that cleared the flag may write a moment later: then the next sleep is a short one,
     /// and finds the descriptor readable without having been woken.)
     pub fn rise(&self, readable: bool) {
         self.asleep.store(false, Ordering::SeqCst);
         if readable {
-            // EAGAIN cannot be: one thread reads. If it were, nothing would be lost.
+            // It does not block: this thread alone reads, and there is something.
             let _ = self.fd.read();
         }
     }

@@ -128,15 +128,20 @@ impl Loop {
             }
             self.kick.prepare();
             let busy = members.iter().filter(|m| m.must_stay_awake()).count() > 0;
-            if busy || self.has_commands() {
+            let awake = busy || self.has_commands();
+            let max = members.iter().map(|m| m.poll).max().unwrap_or_default();
+            if sources.is_empty() {
+                match awake {
+                    true => self.kick.rise(false),
+                    false => patience.sleep(max, || self.kick.sleep()),
+                }
+                continue;
+            }
+            if awake {
                 // Not to sleep, but sources have their turn also when the rings never run dry.
                 poll.until(Instant::now());
             }
-            let max = members.iter().map(|m| m.poll).max().unwrap_or_default();
-            let polled = match busy && sources.is_empty() {
-                true => Ok(()),
-                false => patience.sleep(max, || poll.wait()),
-            };
+            let polled = patience.sleep(max, || poll.wait());
             self.kick.rise(polled.is_ok() && poll.ready(kicked) != 0);
             if let Err(e) = polled {
                 // ENOMEM or a descriptor limit: no device can go on without hearing its kicks.
