@@ -132,35 +132,39 @@ fn checksums_are_left_to_the_other_end() {
     });
 }
 
+/// Connects from the host to the guest and gives the first frame with data.
+fn first_data(without: u64) -> Vec<u8> {
+    let mut lan = Lan::new(without);
+    let client = std::thread::spawn(|| {
+        let to = SocketAddrV4::new(GUEST, 80).into();
+        let mut c = TcpStream::connect_timeout(&to, Duration::from_secs(10)).unwrap();
+        c.write_all(&[0x5a; 14000]).unwrap();
+        c
+    });
+    // The three-way handshake, by hand: their SYN, our SYN and ACK with an MSS of 1460.
+    let syn = lan.receive(6);
+    let seq = u32::from_be_bytes(syn[L4 + 4..L4 + 8].try_into().unwrap());
+    let mut tcp = [&80u16.to_be_bytes()[..], &syn[L4..L4 + 2], &1u32.to_be_bytes()].concat();
+    tcp.extend(seq.wrapping_add(1).to_be_bytes());
+    tcp.extend([0x60, 0x12, 0xff, 0xff, 0, 0, 0, 0, 2, 4, 0x05, 0xb4]);
+    lan.send(6, tcp, 16);
+    let data = until(|| Some(lan.receive(6)).filter(|f| f.len() > L4 + 24));
+    drop(client.join().unwrap());
+    assert!(data[L4 + 20..].iter().all(|b| *b == 0x5a));
+    data
+}
+
 #[test]
 fn segmentation_is_left_to_the_driver_that_can() {
     in_namespace(|| {
-        for (without, whole) in [(0, true), (F_GUEST_TSO4 | F_GUEST_TSO6 | F_GUEST_ECN, false)] {
-            let mut lan = Lan::new(without);
-            let client = std::thread::spawn(|| {
-                let to = SocketAddrV4::new(GUEST, 80).into();
-                let mut c = TcpStream::connect_timeout(&to, Duration::from_secs(10)).unwrap();
-                c.write_all(&[0x5a; 14000]).unwrap();
-                c
-            });
-            // The three-way handshake, by hand: their SYN, our SYN and ACK with an MSS of 1460.
-            let syn = lan.receive(6);
-            let seq = u32::from_be_bytes(syn[L4 + 4..L4 + 8].try_into().unwrap());
-            let mut tcp = [&80u16.to_be_bytes()[..], &syn[L4..L4 + 2], &1u32.to_be_bytes()].concat();
-            tcp.extend(seq.wrapping_add(1).to_be_bytes());
-            tcp.extend([0x60, 0x12, 0xff, 0xff, 0, 0, 0, 0, 2, 4, 0x05, 0xb4]);
-            lan.send(6, tcp, 16);
-            let data = until(|| Some(lan.receive(6)).filter(|f| f.len() > L4 + 24));
-            if whole {
-                assert!(data.len() > 4096, "several segments in one, over several buffers");
-                assert_eq!((data[1], &data[4..6]), (1, &1460u16.to_le_bytes()[..]), "TCPv4, MSS");
-                assert_eq!(data[0], 1, "and the checksum");
-            } else {
-                assert!(data.len() <= 12 + 1514);
-                assert_eq!(data[1], 0);
-            }
-            assert!(data[L4 + 20..].iter().all(|b| *b == 0x5a));
-            drop(client.join().unwrap());
-        }
+        let segments = F_GUEST_TSO4 | F_GUEST_TSO6 | F_GUEST_ECN;
+        let data = first_data(segments);
+        assert!(data.len() <= 12 + 1514);
+        assert_eq!(data[1], 0);
+        // On a busy machine the host's kernel may think the line slow and send segment by segment.
+        let whole = (0..10).map(|_| first_data(0)).find(|f| f[1] != 0).expect("never more than a segment");
+        assert!(whole.len() > 12 + 1514, "several segments in one");
+        assert_eq!((whole[1], &whole[4..6]), (1, &1460u16.to_le_bytes()[..]), "TCPv4, MSS");
+        assert_eq!(whole[0], 1, "and the checksum");
     });
 }
