@@ -1,5 +1,6 @@
 # lib.sh: what the L1 scripts share (busybox sh). A check prints `ok NAME` or `FAIL NAME: why`; `run` counts those lines.
 FAST="console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable no_timer_check cryptomgr.notests random.trust_cpu=on net.ifnames=0"
+ip link set lo up
 QMP=4444
 up() { read -r now _ </proc/uptime; echo "[$now] $*"; }
 ok() { echo "ok $*"; }
