@@ -13,6 +13,8 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
+/// Bytes of one read.
+const READ: usize = 32 << 10;
 /// While more than this waits to be sent, nothing is read from the client and no request of it is
 /// run.
 pub const HIGH_WATER: usize = 1 << 20;
@@ -98,7 +100,7 @@ impl Client {
     }
 
     /// Reads and writes what poll(2) says is possible. `scratch` is where the bytes go first.
-    pub fn exchange(&mut self, set: &PollSet, scratch: &mut [u8]) {
+    pub fn exchange(&mut self, set: &PollSet, scratch: &mut Vec<u8>) {
         let ready = |token: Option<Token>| token.map_or(0, |t| set.ready(t));
         let [input, output] = self.tokens.map(ready);
         // Not known to the next set, in case the next turn comes without prepare().
@@ -118,7 +120,8 @@ impl Client {
         }
     }
 
-    fn receive(&mut self, scratch: &mut [u8]) {
+    fn receive(&mut self, scratch: &mut Vec<u8>) {
+        scratch.resize(READ, 0);
         let received = match &mut self.stream {
             Stream::Unix(fd) => unix::recv(fd.as_fd(), scratch),
             Stream::Socket(fd) => {

@@ -67,7 +67,7 @@ pub fn not_found(name: &str) -> Error {
 
 /// Declares a table of commands and, for each, how its arguments come to its handler.
 ///
-/// ```ignore
+/// ```text
 /// commands! {
 ///     /// File descriptors.
 ///     pub static FD;

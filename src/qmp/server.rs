@@ -24,8 +24,6 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// Bytes of one read.
-const READ: usize = 32 << 10;
 /// Requests of one turn; then the rest of the VM has its turn.
 const TURN: usize = 256;
 
@@ -38,6 +36,7 @@ const PATIENCE: Duration = Duration::from_millis(500);
 pub struct Server {
     monitors: Vec<Monitor>,
     limiter: Limiter,
+    /// Where bytes are read to; empty while there is no client.
     scratch: Vec<u8>,
     /// The last turn ended before the requests did.
     more: bool,
@@ -185,6 +184,9 @@ impl Server {
                 m.conn.hang_up();
             }
         }
+        if self.monitors.iter().all(|m| m.client.is_none()) {
+            self.scratch = Vec::new();
+        }
     }
 }
 
@@ -209,7 +211,6 @@ impl Source for Server {
     fn dispatch(&mut self, vm: &mut Vm, set: &PollSet) {
         // Events first: what has happened before a request is told before its reply.
         self.send_events(vm);
-        self.scratch.resize(READ, 0);
         for m in &mut self.monitors {
             match &mut m.client {
                 Some(client) => client.exchange(set, &mut self.scratch),
