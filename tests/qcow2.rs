@@ -6,7 +6,7 @@
 #[path = "support/qcow2.rs"]
 mod support;
 
-use minivmm::block::driver::{Driver, Flags};
+use minivmm::block::driver::{Driver, Flags, Snapshot};
 use minivmm::block::node::{Node, NodeOptions};
 use minivmm::qcow2::create::CreateOptions;
 use minivmm::qcow2::mutant::Mutant;
@@ -69,7 +69,8 @@ fn round(seed: u64, steps: u64, qemu: bool, bug: Option<Mutant>) {
         open_image(&disk, node, Options { bug, ..small_caches(rng) }).expect(&say("open"))
     };
     let mut image = open(&mut rng);
-    for _ in 0..steps {
+    let mut snapshots: Vec<(String, Vec<u8>)> = Vec::new();
+    for step in 0..steps {
         let size = model.len() as u64;
         let most = size.min(if rng.one_in(8) { 1 << 20 } else { 3 * o.cluster_size.max(4096) });
         let unit = if rng.one_in(2) { 512 } else { 1 };
@@ -79,7 +80,35 @@ fn round(seed: u64, steps: u64, qemu: bool, bug: Option<Mutant>) {
             len = (1 + rng.below(most)).min(size - off) as usize;
         }
         let part = off as usize..off as usize + len;
-        match rng.below(20) {
+        match rng.below(22) {
+            20 | 21 if o.refcount_bits > 1 => {
+                let inside = image.internal().unwrap();
+                let n = rng.below(snapshots.len() as u64 + 1) as usize;
+                // As many as the refcounts can count, less what an apply needs.
+                let most = if o.refcount_bits == 2 { 1 } else { 5 };
+                match rng.below(4) {
+                    0 | 1 if snapshots.len() < most => {
+                        let name = format!("snap{step}");
+                        let snapshot = Snapshot { name: name.clone(), date_sec: 7, ..Snapshot::default() };
+                        inside.create_snapshot(snapshot).expect(&say("create"));
+                        snapshots.push((name, model.clone()));
+                    }
+                    2 if n < snapshots.len() => {
+                        let (name, old) = &snapshots[n];
+                        inside.apply_snapshot(None, Some(name)).expect(&say("apply"));
+                        model.clone_from(old);
+                    }
+                    3 if n < snapshots.len() => {
+                        let (name, _) = snapshots.remove(n);
+                        inside.delete_snapshot(None, Some(&name)).expect(&say("delete"));
+                    }
+                    _ => {}
+                }
+                let listed = inside.snapshots().expect(&say("list"));
+                let names: Vec<_> = listed.iter().map(|s| s.name.as_str()).collect();
+                let mine: Vec<_> = snapshots.iter().map(|s| s.0.as_str()).collect();
+                assert_eq!(names, mine, "{}", say("list"));
+            }
             0..7 if len > 0 => {
                 let byte = rng.draw() as u8;
                 let data: Vec<u8> = (0..len).map(|i| byte.wrapping_add((i / 7) as u8)).collect();
@@ -111,7 +140,8 @@ fn round(seed: u64, steps: u64, qemu: bool, bug: Option<Mutant>) {
                 Err(e) => assert_eq!(e.raw_os_error(), Some(libc::ENOTSUP), "{}", say("discard")),
             },
             16 => image.flush().expect(&say("flush")),
-            17 if rng.one_in(4) => {
+            // Of images of version 2 only those without snapshots can be resized.
+            17 if rng.one_in(4) && (o.version > 2 || snapshots.is_empty()) => {
                 let new = (size / 512 + 1 + rng.below(300)) / (1 + rng.below(3)) * 512;
                 image.resize(new).expect(&say("resize"));
                 model.resize(new as usize, 0);
@@ -147,6 +177,11 @@ fn round(seed: u64, steps: u64, qemu: bool, bug: Option<Mutant>) {
             );
         }
         assert!(qemu_read(&dir, &path) == model, "{}", say("qemu-img reads something else"));
+        for (name, old) in &snapshots {
+            support::qemu("qemu-img", &["snapshot", "-a", name, path.to_str().unwrap()]);
+            assert!(qemu_read(&dir, &path) == *old, "{}", say(&format!("snapshot {name}")));
+            qemu_check(&path, false);
+        }
     }
 }
 

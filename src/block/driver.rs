@@ -146,6 +146,42 @@ pub struct ImageInfo {
     pub specific: Option<(&'static str, serde_json::Map<String, serde_json::Value>)>,
 }
 
+/// An internal snapshot (QEMU's `SnapshotInfo`).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Unique in the image; empty when it is to be made.
+    pub id: String,
+    /// What a person calls it.
+    pub name: String,
+    /// When it was taken: seconds since the epoch…
+    pub date_sec: u32,
+    /// … and nanoseconds.
+    pub date_nsec: u32,
+    /// How long the guest had run, in nanoseconds.
+    pub vm_clock_nsec: u64,
+    /// Bytes of VM state that are stored with it.
+    pub vm_state_size: u64,
+    /// Virtual size of the disk at that time, in bytes.
+    pub disk_size: u64,
+    /// Instruction count, if that was recorded.
+    pub icount: Option<u64>,
+}
+
+/// Formats that keep snapshots inside the image. Control thread only; requests wait meanwhile.
+pub trait Internal {
+    /// All snapshots, oldest first.
+    fn snapshots(&self) -> io::Result<Vec<Snapshot>>;
+
+    /// Takes one of the disk as it is; its size is filled in, and its id if that is empty.
+    fn create_snapshot(&self, snapshot: Snapshot) -> io::Result<()>;
+
+    /// Deletes the one of that id and name (one of them may be absent). ENOENT if there is none.
+    fn delete_snapshot(&self, id: Option<&str>, name: Option<&str>) -> io::Result<Snapshot>;
+
+    /// Makes the disk what it was then. ENOENT if there is no such snapshot.
+    fn apply_snapshot(&self, id: Option<&str>, name: Option<&str>) -> io::Result<()>;
+}
+
 /// A format, protocol or filter. See the module's head for who calls it and how.
 pub trait Driver: Send + Sync {
     /// The name in `blockdev-add`'s `driver` and in queries.
@@ -224,6 +260,11 @@ pub trait Driver: Send + Sync {
     /// What `query-block` shows.
     fn info(&self) -> ImageInfo {
         ImageInfo::default()
+    }
+
+    /// Snapshots inside the image, if the format has them.
+    fn internal(&self) -> Option<&dyn Internal> {
+        None
     }
 
     /// The file name to show for this node ("" if none can).

@@ -174,44 +174,50 @@ impl Walk<'_> {
         }
         Ok(())
     }
+}
 
-    /// The COPIED flags of the active tables; with `fix`, sets them right.
-    fn copied(&mut self, fix: bool) -> io::Result<()> {
-        let geo = self.meta.geo;
-        for i in 0..self.meta.l1.entries.len() {
-            let entry = self.meta.l1.entries[i];
-            let table = entry & OFFSET_MASK;
-            if table == 0 || table & (geo.cluster_size() - 1) != 0 {
-                continue;
+impl Meta {
+    /// Compares the COPIED flags of the active L1 entry `i` and its table with the refcounts:
+    /// sets them right, or, with a report, notes what is wrong.
+    pub(super) fn fix_copied(
+        &mut self,
+        file: &Node,
+        i: usize,
+        report: &mut Option<&mut Report>,
+    ) -> io::Result<()> {
+        let geo = self.geo;
+        let entry = self.l1.entries[i];
+        let table = entry & OFFSET_MASK;
+        if table == 0 || table & (geo.cluster_size() - 1) != 0 {
+            return Ok(());
+        }
+        let once = self.refcount(file, geo.cluster(table))? == 1;
+        if once != (entry & COPIED != 0) {
+            match report {
+                None => self.l1.set(i, entry ^ COPIED),
+                Some(r) => r.error(format!("COPIED of L2 table {table:#x} is wrong")),
             }
-            let once = self.meta.refcount(self.file, geo.cluster(table))? == 1;
-            if once != (entry & COPIED != 0) {
-                match fix {
-                    true => self.meta.l1.set(i, entry ^ COPIED),
-                    false => self.report.error(format!("COPIED of L2 table {table:#x} is wrong")),
+        }
+        for page in (table..table + geo.cluster_size()).step_by(geo.page_size() as usize) {
+            self.load_l2(file, page)?;
+            let words = self.l2.get(page).unwrap_or(&[]).to_vec();
+            for at in (0..words.len()).step_by(1 << geo.entry_bits()) {
+                let word = be64(&words, at);
+                let host = word & OFFSET_MASK;
+                if word & COMPRESSED != 0 || host == 0 || geo.external {
+                    continue;
                 }
-            }
-            for page in (table..table + geo.cluster_size()).step_by(geo.page_size() as usize) {
-                self.meta.load_l2(self.file, page)?;
-                let words = self.meta.l2.get(page).unwrap_or(&[]).to_vec();
-                for at in (0..words.len()).step_by(1 << geo.entry_bits()) {
-                    let word = be64(&words, at);
-                    let host = word & OFFSET_MASK;
-                    if word & COMPRESSED != 0 || host == 0 || geo.external {
-                        continue;
-                    }
-                    let once = self.meta.refcount(self.file, geo.cluster(host))? == 1;
-                    if once == (word & COPIED != 0) {
-                        continue;
-                    }
-                    if !fix {
-                        self.report.error(format!("COPIED of data cluster {host:#x} is wrong"));
-                        continue;
-                    }
-                    self.meta.load_l2(self.file, page)?;
-                    if let Some(p) = self.meta.l2.get_mut(page) {
-                        p[at..at + 8].copy_from_slice(&(word ^ COPIED).to_be_bytes());
-                    }
+                let once = self.refcount(file, geo.cluster(host))? == 1;
+                if once == (word & COPIED != 0) {
+                    continue;
+                }
+                if let Some(r) = report {
+                    r.error(format!("COPIED of data cluster {host:#x} is wrong"));
+                    continue;
+                }
+                self.load_l2(file, page)?;
+                if let Some(p) = self.l2.get_mut(page) {
+                    p[at..at + 8].copy_from_slice(&(word ^ COPIED).to_be_bytes());
                 }
             }
         }
@@ -248,9 +254,10 @@ impl Qcow2 {
             }
             Ok(())
         })?;
-        walk.report = report;
-        walk.copied(false)?;
-        Ok(std::mem::take(&mut walk.report))
+        for i in 0..meta.l1.entries.len() {
+            meta.fix_copied(&file, i, &mut Some(&mut report))?;
+        }
+        Ok(report)
     }
 
     /// Rebuilds the refcounts of an image that was left dirty, sets COPIED flags right, and
@@ -259,6 +266,12 @@ impl Qcow2 {
         let file = self.file()?;
         {
             let mut meta = self.lock();
+            // What they say is said by the references, too.
+            meta.freed.clear();
+            meta.unreachable.clear();
+            meta.grace.clear();
+            meta.tables.clear();
+            meta.find_tables(&file)?;
             let mut walk =
                 Walk { meta: &mut meta, file: &file, counts: HashMap::default(), report: Report::default() };
             walk.all()?;
@@ -283,7 +296,9 @@ impl Qcow2 {
                 }
                 Ok(())
             })?;
-            walk.copied(true)?;
+            for i in 0..meta.l1.entries.len() {
+                meta.fix_copied(&file, i, &mut None)?;
+            }
             meta.barrier = true;
         }
         self.checkpoint(true)?;

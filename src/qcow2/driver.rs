@@ -7,7 +7,7 @@ use super::Qcow2;
 use super::header;
 use super::meta::{Map, Meta};
 use super::open::Options;
-use crate::block::driver::{Driver, Extent, ExtentKind, Flags, ImageInfo, Limits, Perm};
+use crate::block::driver::{Driver, Extent, ExtentKind, Flags, ImageInfo, Internal, Limits, Perm, Snapshot};
 use crate::block::node::Edge;
 use crate::block::perm;
 use crate::sys::iov::{Iov, IovMut};
@@ -53,6 +53,18 @@ impl Qcow2 {
 
     fn must_be_writable(&self) -> io::Result<()> {
         if self.read_only { Err(io::Error::from_raw_os_error(libc::EPERM)) } else { Ok(()) }
+    }
+
+    /// Writes everything back, and what was freed too. Under exclusive use.
+    pub(super) fn drain(&self) -> io::Result<()> {
+        // What the first round frees goes out with the second; the third finds nothing.
+        for _ in 0..3 {
+            self.checkpoint(true)?;
+            if self.is_clean() {
+                break;
+            }
+        }
+        Ok(())
     }
 
     /// True when nothing is left to be written.
@@ -157,6 +169,10 @@ impl Driver for Qcow2 {
         self.resize_to(len)
     }
 
+    fn internal(&self) -> Option<&dyn Internal> {
+        Some(self)
+    }
+
     fn info(&self) -> ImageInfo {
         let meta = self.lock();
         let h = &meta.header;
@@ -195,14 +211,8 @@ impl Driver for Qcow2 {
         if self.read_only || self.lock().corrupt {
             return Ok(());
         }
-        // What the first round frees goes out with the second; the third finds nothing.
-        let _one = self.exclusive();
-        for _ in 0..3 {
-            self.checkpoint(true)?;
-            if self.is_clean() {
-                break;
-            }
-        }
+        let _alone = self.exclusive();
+        self.drain()?;
         // The file was made longer than needed, to save system calls.
         let mut meta = self.lock();
         let end = (meta.fresh << meta.geo.cluster_bits).max(meta.opened_len);
@@ -213,5 +223,26 @@ impl Driver for Qcow2 {
         drop(meta);
         *self.decompressed.lock().unwrap_or_else(PoisonError::into_inner) = None;
         Ok(())
+    }
+}
+
+impl Internal for Qcow2 {
+    fn snapshots(&self) -> io::Result<Vec<Snapshot>> {
+        Ok(self.list_snapshots()?.into_iter().map(|e| e.into_info()).collect())
+    }
+
+    fn create_snapshot(&self, snapshot: Snapshot) -> io::Result<()> {
+        self.must_be_writable()?;
+        self.take_snapshot(snapshot)
+    }
+
+    fn delete_snapshot(&self, id: Option<&str>, name: Option<&str>) -> io::Result<Snapshot> {
+        self.must_be_writable()?;
+        self.drop_snapshot(id, name)
+    }
+
+    fn apply_snapshot(&self, id: Option<&str>, name: Option<&str>) -> io::Result<()> {
+        self.must_be_writable()?;
+        self.go_to_snapshot(id, name)
     }
 }

@@ -17,6 +17,7 @@
 //! | `plan.rs` | options of `blockdev-add`; opens the children |
 //! | `create.rs` | new images |
 //! | `resize.rs` | growing and shrinking |
+//! | `snapshot.rs` | internal snapshots |
 //! | `check.rs` | walking all metadata: repair at open, and the tests' checker |
 //! | `mutant.rs` | deliberate bugs for the tests' own test; none in a release build |
 //! | `driver.rs` | `impl Driver` |
@@ -41,6 +42,7 @@ pub mod mutant;
 pub mod open;
 pub mod plan;
 mod resize;
+mod snapshot;
 mod types;
 
 use crate::block::node::{Edge, Node};

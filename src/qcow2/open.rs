@@ -245,7 +245,7 @@ impl Meta {
     ///
     /// # Errors
     /// Two tables in the same place: the image must not be written.
-    fn find_tables(&mut self, file: &Node) -> io::Result<()> {
+    pub(super) fn find_tables(&mut self, file: &Node) -> io::Result<()> {
         let overlap = |k: u64| {
             Err(io::Error::new(
                 io::ErrorKind::InvalidData,
