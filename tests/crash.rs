@@ -10,7 +10,7 @@
 #[path = "support/qcow2.rs"]
 mod support;
 
-use minivmm::block::driver::{Driver, Flags};
+use minivmm::block::driver::{Driver, Flags, Snapshot};
 use minivmm::block::node::{Node, NodeOptions};
 use minivmm::qcow2::create::CreateOptions;
 use minivmm::qcow2::mutant::Mutant;
@@ -37,6 +37,8 @@ struct Promise {
     at: usize,
     ids: Vec<Id>,
     requests: usize,
+    /// The snapshots that exist, each with what it holds.
+    snapshots: Vec<(String, Vec<Id>)>,
 }
 
 struct Run {
@@ -46,6 +48,9 @@ struct Run {
     promises: Vec<Promise>,
     /// All sizes of the disk in sectors, with the length of the log from which on they are possible.
     sizes: Vec<(usize, u64)>,
+    /// Snapshots that were being taken, and deleted, with the length of the log at the beginning.
+    taken: Vec<(usize, String, Vec<Id>)>,
+    deleted: Vec<(usize, String)>,
     under: Option<Arc<Node>>,
     options: CreateOptions,
 }
@@ -88,12 +93,16 @@ fn record(rng: &mut Rng, steps: u64, bug: Option<Mutant>) -> Run {
         start,
         log: Vec::new(),
         requests: Vec::new(),
-        promises: vec![Promise { at: 0, ids: ids.clone(), requests: 0 }],
+        promises: vec![Promise { at: 0, ids: ids.clone(), requests: 0, snapshots: Vec::new() }],
+        taken: Vec::new(),
+        deleted: Vec::new(),
         sizes: vec![(0, sectors)],
         under: under.clone(),
         options: options.clone(),
     };
     let per_cluster = options.cluster_size / 512;
+    let mut snapshots: Vec<(String, Vec<Id>)> = Vec::new();
+    let snappy = version == 3 && options.refcount_bits >= 4 && rng.one_in(2);
     for step in 0..steps {
         let size = ids.len() as u64;
         let first = rng.below(size);
@@ -104,7 +113,47 @@ fn record(rng: &mut Rng, steps: u64, bug: Option<Mutant>) -> Run {
             ids[sectors.start as usize..sectors.end as usize].fill(id);
             run.requests.push(Request { began, sectors, id });
         };
-        match rng.below(16) {
+        match rng.below(if snappy { 19 } else { 16 }) {
+            16.. => {
+                let inside = image.internal().unwrap();
+                let n = rng.below(snapshots.len() as u64 + 1) as usize;
+                match rng.below(3) {
+                    0 if snapshots.len() < 3 => {
+                        let name = format!("snap{step}");
+                        run.taken.push((began, name.clone(), ids.clone()));
+                        let snapshot = Snapshot { name: name.clone(), ..Snapshot::default() };
+                        inside.create_snapshot(snapshot).expect("create");
+                        snapshots.push((name, ids.clone()));
+                    }
+                    1 if n < snapshots.len() => {
+                        run.deleted.push((began, snapshots[n].0.clone()));
+                        inside.delete_snapshot(None, Some(&snapshots[n].0)).expect("delete");
+                        snapshots.remove(n);
+                    }
+                    2 if n < snapshots.len() => {
+                        let (name, then) = &snapshots[n];
+                        inside.apply_snapshot(None, Some(name)).expect("apply");
+                        for (s, id) in then.iter().enumerate() {
+                            let sectors = s as u64..s as u64 + 1;
+                            run.requests.push(Request { began, sectors, id: *id });
+                        }
+                        if then.len() < ids.len() {
+                            let sectors = then.len() as u64..ids.len() as u64;
+                            run.requests.push(Request { began, sectors, id: 0 });
+                        }
+                        run.sizes.push((began, then.len() as u64));
+                        ids.clone_from(then);
+                    }
+                    _ => continue,
+                }
+                let requests = run.requests.len();
+                run.promises.push(Promise {
+                    at: at(),
+                    ids: ids.clone(),
+                    requests,
+                    snapshots: snapshots.clone(),
+                });
+            }
             0..8 => {
                 let data: Vec<u8> = (first..end).flat_map(|s| contents(id, s)).collect();
                 write(&image, first * 512, &data).expect("write");
@@ -128,7 +177,12 @@ fn record(rng: &mut Rng, steps: u64, bug: Option<Mutant>) -> Run {
             12 | 13 => {
                 image.flush().expect("flush");
                 let requests = run.requests.len();
-                run.promises.push(Promise { at: at(), ids: ids.clone(), requests });
+                run.promises.push(Promise {
+                    at: at(),
+                    ids: ids.clone(),
+                    requests,
+                    snapshots: snapshots.clone(),
+                });
             }
             14 if rng.one_in(3) => {
                 let new = (size + rng.below(100)).saturating_sub(rng.below(100)).max(8);
@@ -142,13 +196,23 @@ fn record(rng: &mut Rng, steps: u64, bug: Option<Mutant>) -> Run {
                 }
                 ids.resize(new as usize, 0);
                 let requests = run.requests.len();
-                run.promises.push(Promise { at: at(), ids: ids.clone(), requests });
+                run.promises.push(Promise {
+                    at: at(),
+                    ids: ids.clone(),
+                    requests,
+                    snapshots: snapshots.clone(),
+                });
             }
             15 if rng.one_in(3) => {
                 image.close().expect("close");
                 drop(image);
                 let requests = run.requests.len();
-                run.promises.push(Promise { at: at(), ids: ids.clone(), requests });
+                run.promises.push(Promise {
+                    at: at(),
+                    ids: ids.clone(),
+                    requests,
+                    snapshots: snapshots.clone(),
+                });
                 image = open_image(&disk, under.clone(), caches(rng, bug)).expect("open");
             }
             _ => {}
@@ -220,6 +284,33 @@ struct Judge<'a> {
 }
 
 impl Judge<'_> {
+    /// Every snapshot that was promised is there, and none that nobody took.
+    fn snapshots(&self, image: &dyn Driver, promise: &Promise, point: usize, say: &str) {
+        let there = image.internal().unwrap().snapshots().unwrap_or_else(|e| panic!("{say}: {e}"));
+        for (name, _) in &promise.snapshots {
+            let deleted = self.run.deleted.iter().any(|(at, n)| *at <= point && n == name);
+            assert!(deleted || there.iter().any(|s| s.name == *name), "{say}: {name} is lost");
+        }
+        for s in &there {
+            let taken = self.run.taken.iter().any(|(at, n, _)| *at <= point && *n == s.name);
+            assert!(taken, "{say}: {} is from the future", s.name);
+        }
+    }
+
+    /// Every snapshot holds what it held when it was taken.
+    fn snapshots_hold(&self, image: &dyn Driver, say: &str) {
+        let inside = image.internal().unwrap();
+        for s in inside.snapshots().unwrap() {
+            let (_, _, ids) = self.run.taken.iter().find(|(_, n, _)| *n == s.name).unwrap();
+            inside.apply_snapshot(Some(&s.id), None).unwrap_or_else(|e| panic!("{say}: apply: {e}"));
+            assert_eq!(image.len(), ids.len() as u64 * 512, "{say}: size of {}", s.name);
+            let got = read(image, 0, ids.len() * 512).unwrap();
+            for (n, bytes) in got.chunks_exact(512).enumerate() {
+                assert_eq!(id_of(bytes, n as u64), ids[n], "{say}: sector {n} of {}", s.name);
+            }
+        }
+    }
+
     /// Opens one state and holds it against what was promised at `point` of the log.
     fn state(&mut self, rng: &mut Rng, bytes: Vec<u8>, point: usize) {
         self.states += 1;
@@ -229,7 +320,10 @@ impl Judge<'_> {
         {
             let path = dir.path("state.qcow2");
             std::fs::write(&path, &bytes).unwrap();
-            qemu_check(&path, true);
+            // A dirty image says itself that it is to be repaired.
+            if bytes[79] & 1 == 0 {
+                qemu_check(&path, true);
+            }
         }
         let disk = Disk::new(bytes);
         let image = open_image(&disk, self.run.under.clone(), Options::default())
@@ -237,6 +331,7 @@ impl Judge<'_> {
         let report = image.check().unwrap_or_else(|e| panic!("{say}: check: {e}"));
         assert!(report.errors.is_empty(), "{say}: {report:?}");
         let promise = self.run.promises.iter().rfind(|p| p.at <= point).unwrap();
+        self.snapshots(&image, promise, point, &say);
         let size = image.len() / 512;
         // A size is allowed if it was the last one before the cut, or one after the promise.
         let sizes = &self.run.sizes;
@@ -279,6 +374,7 @@ impl Judge<'_> {
                 let got = read(&image, s * 512, 512).unwrap();
                 assert_eq!(id_of(&got, s), AFTER, "{say}: written after the cut");
             }
+            self.snapshots_hold(&image, &say);
             image.close().unwrap_or_else(|e| panic!("{say}: close: {e}"));
             let report = image.check().unwrap();
             assert!(report.errors.is_empty(), "{say}: after the cut: {report:?}");
