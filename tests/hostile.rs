@@ -18,7 +18,7 @@ use kit::ring::{INDIRECT, NEXT, Ring, WRITE};
 use kit::until;
 use minivmm::machine::memory::Mem;
 use minivmm::pci::function::PciDevice;
-use minivmm::virtio::pci::{feature, status};
+use minivmm::virtio::registers::{feature, status};
 use std::sync::RwLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};

@@ -14,6 +14,7 @@ mod net_io;
 pub mod pci;
 pub mod properties;
 pub mod queue;
+pub mod registers;
 pub mod rng;
 #[cfg(test)]
 pub mod testing;
