@@ -1,6 +1,6 @@
 //! The processors' identity: topology and CPUID.
 //!
-//! Owns: what a vCPU is told about itself. Never: runs one (`vcpu.rs`). Threads: control. Locks: none.
+//! Owns: what a vCPU is told about itself. Never: runs one (`vcpu.rs`). Threads: any. Locks: none.
 //! Sources: Intel SDM 2 (CPUID) and 3, 9.9 (topology); AMD APM 3, appendix E.
 
 use super::layout::CPUS_MAX;
@@ -181,12 +181,6 @@ pub fn for_cpu(common: &[Entry], topology: &Topology, index: usize) -> Vec<Entry
         }
     }
     out
-}
-
-/// Bits of a physical address, from CPUID.
-pub fn phys_bits(cpuid: &[Entry]) -> u32 {
-    // Without leaf 0x80000008 it is 36 (AMD APM 3, appendix E).
-    cpuid.iter().find(|e| e.function == 0x8000_0008).map_or(36, |e| e.eax & 0xff)
 }
 
 #[cfg(test)]

@@ -31,7 +31,7 @@ use self::cpu_state::Start;
 use self::irq::{Controllers, Interrupts, Line};
 use self::layout::Layout;
 use self::memory::Mem;
-use self::vcpu::{Processors, Target};
+use self::vcpu::{Processors, Shared};
 use crate::bail;
 use crate::error::{Error, Result};
 use crate::event::Events;
@@ -136,7 +136,7 @@ impl Machine {
             Accel::Kvm => Some(kvm::open()?),
             Accel::None => None,
         };
-        let phys_bits = host.as_ref().map_or(PHYS_BITS, |h| cpu::phys_bits(h.cpuid.as_slice()));
+        let phys_bits = host.as_ref().map_or(PHYS_BITS, |_| kvm::phys_bits());
         let layout = Layout::new(memory, phys_bits).ok_or_else(|| {
             Error::new(format!(
                 "memory of {memory} bytes does not fit into {phys_bits} bits of physical address"
@@ -152,10 +152,14 @@ impl Machine {
             && mmio.add(layout::IOAPIC, 0x1000, controllers.clone());
         debug_assert!(ok, "the buses were empty");
         let topology = config.topology;
-        let processors = match (&host, &vm) {
+        let processors = match (host, &vm) {
             (Some(host), Some(vm)) => {
-                let fds = host.create_vcpus(vm, &topology)?;
-                Some(Processors::new(fds, pio.clone(), mmio.clone(), controllers.clone(), events))
+                let (fds, identity) = host.create_vcpus(vm, &topology)?;
+                Some(Processors::new(
+                    fds,
+                    identity,
+                    Shared::new(pio.clone(), mmio.clone(), controllers.clone(), events),
+                )?)
             }
             _ => None,
         };
@@ -196,21 +200,16 @@ impl Machine {
         self.processors.as_ref().map_or(Ok(()), |p| p.enter(&start))
     }
 
-    /// Starts the processors' threads, and the processors.
+    /// Starts the processors.
     pub fn start(&mut self) -> Result<()> {
-        self.spawn(Target::Run)
+        self.start_paused()?;
+        self.resume();
+        Ok(())
     }
 
-    /// Starts the processors' threads; the processors run from [`Machine::resume`] on.
+    /// Makes the processors ready; they run from [`Machine::resume`] on.
     pub fn start_paused(&mut self) -> Result<()> {
-        self.spawn(Target::Pause)
-    }
-
-    fn spawn(&mut self, target: Target) -> Result<()> {
-        if !self.used {
-            self.enter()?;
-        }
-        self.processors.as_mut().map_or(Ok(()), |p| p.start(target))
+        if self.used { Ok(()) } else { self.enter() }
     }
 
     /// Stops the processors; returns when none touches a device or memory.

@@ -1,7 +1,7 @@
 //! The processors' threads: one per vCPU, its run loop, kick and pause.
 //!
 //! Owns: the vCPUs' descriptors and threads. Never: knows what is on the buses. Threads: control
-//! starts, pauses, resumes, stops; each vCPU runs on its own. Locks: each vCPU's descriptor in a
+//! makes, pauses, resumes, stops them; each vCPU sets itself up and runs on its own. Locks: each vCPU's descriptor in a
 //! mutex that its thread holds while it runs, and control while it rests; `State`, a leaf.
 //!
 //! No wake-up is lost: control sets `request`, then the run page's `immediate_exit`, then sends a
@@ -12,7 +12,7 @@
 use super::bus::{Bus, Effect};
 use super::cpu_state;
 use super::irq::Controllers;
-use super::kvm::fail;
+use super::kvm::{Identity, fail};
 use crate::error::{Error, Result};
 use crate::event::{Event, Events};
 use kvm_bindings::{KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE, kvm_run};
@@ -29,24 +29,24 @@ const STACK: usize = 256 << 10;
 /// What all threads share.
 pub struct Shared {
     /// I/O ports.
-    pub pio: Arc<Bus>,
+    pio: Arc<Bus>,
     /// Memory-mapped registers.
-    pub mmio: Arc<Bus>,
+    mmio: Arc<Bus>,
     /// For the ends of level-triggered interrupts.
-    pub controllers: Arc<Controllers>,
+    controllers: Arc<Controllers>,
     /// The control thread's inbox.
-    pub events: Events,
+    events: Events,
     /// What is asked of the threads, and how far they are.
-    pub state: Mutex<State>,
+    state: Mutex<State>,
     /// Signalled when `State::target` or `State::dead` changes.
-    pub go: Condvar,
+    go: Condvar,
     /// Signalled when a thread has come to rest.
-    pub rested: Condvar,
+    rested: Condvar,
 }
 
 /// What the threads are to do.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Target {
+enum Target {
     /// Run the guest.
     Run,
     /// Rest.
@@ -56,8 +56,12 @@ pub enum Target {
 }
 
 /// What is asked of the threads, and how far they are.
-pub struct State {
+struct State {
     target: Target,
+    /// Threads that have set up their vCPU, or failed to.
+    ready: usize,
+    /// Why one could not.
+    failure: Option<Error>,
     /// Threads that rest (or have ended).
     resting: usize,
     /// One bit per vCPU that must not run before a reset: the guest switched itself off, or failed.
@@ -123,51 +127,40 @@ fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Processors {
-    /// Processors around the new vCPUs `fds`, without threads so far.
-    pub fn new(
-        fds: Vec<VcpuFd>,
-        pio: Arc<Bus>,
-        mmio: Arc<Bus>,
-        controllers: Arc<Controllers>,
-        events: Events,
-    ) -> Processors {
+    /// Processors around the new vCPUs `fds`. Their threads set them up by `identity`, then rest.
+    pub fn new(fds: Vec<VcpuFd>, identity: Identity, shared: Shared) -> Result<Processors> {
+        static HANDLER: Once = Once::new();
+        extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+        let mut installed = Ok(());
+        HANDLER.call_once(|| installed = register_signal_handler(SIGRTMIN(), nothing));
+        installed.map_err(|e| Error::new(format!("cannot install the kick signal's handler: {e}")))?;
         let vcpu = |(index, mut fd): (usize, VcpuFd)| {
             let run = RunPage(fd.get_kvm_run());
             let (request, tid) = (AtomicBool::new(false), AtomicU32::new(0));
             Arc::new(Vcpu { index, run, fd: Mutex::new(fd), request, tid })
         };
         let vcpus = fds.into_iter().enumerate().map(vcpu).collect();
-        let state = State { target: Target::Pause, resting: 0, dead: 0 };
-        let shared = Shared {
-            pio,
-            mmio,
-            controllers,
-            events,
-            state: Mutex::new(state),
-            go: Condvar::new(),
-            rested: Condvar::new(),
-        };
-        Processors { vcpus, threads: Vec::new(), shared: Arc::new(shared) }
-    }
-
-    /// Makes the threads; they begin as `target` says.
-    pub fn start(&mut self, target: Target) -> Result<()> {
-        static HANDLER: Once = Once::new();
-        extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
-        let mut installed = Ok(());
-        HANDLER.call_once(|| installed = register_signal_handler(SIGRTMIN(), nothing));
-        installed.map_err(|e| Error::new(format!("cannot install the kick signal's handler: {e}")))?;
-        lock(&self.shared.state).target = target;
-        for vcpu in &self.vcpus[self.threads.len()..] {
-            let (vcpu, shared) = (vcpu.clone(), self.shared.clone());
+        let (shared, identity) = (Arc::new(shared), Arc::new(identity));
+        let mut processors = Processors { vcpus, threads: Vec::new(), shared };
+        for vcpu in &processors.vcpus {
+            let (vcpu, shared, identity) = (vcpu.clone(), processors.shared.clone(), identity.clone());
             let thread = std::thread::Builder::new()
                 .name(format!("vcpu{}", vcpu.index))
                 .stack_size(STACK)
-                .spawn(move || vcpu.thread(&shared))
+                .spawn(move || vcpu.thread(&shared, identity))
                 .map_err(|e| Error::new(format!("cannot start a processor's thread: {e}")))?;
-            self.threads.push(thread);
+            processors.threads.push(thread);
         }
-        Ok(())
+        Ok(processors)
+    }
+
+    /// Waits until every vCPU is set up; tells what went wrong with one.
+    fn ready(&self) -> Result<()> {
+        let mut state = lock(&self.shared.state);
+        while state.ready < self.vcpus.len() {
+            state = self.shared.rested.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.failure.clone().map_or(Ok(()), Err)
     }
 
     fn set_target(&self, target: Target) {
@@ -201,7 +194,7 @@ impl Processors {
 
     /// True while the guest is meant to run.
     pub fn running(&self) -> bool {
-        !self.threads.is_empty() && lock(&self.shared.state).target == Target::Run
+        lock(&self.shared.state).target == Target::Run
     }
 
     /// Ends the threads.
@@ -214,11 +207,8 @@ impl Processors {
         }
     }
 
-    /// The host's thread id of vCPU `index`; 0 before [`Processors::start`].
+    /// The host's thread id of vCPU `index`.
     pub fn thread_id(&self, index: usize) -> u32 {
-        if index >= self.threads.len() {
-            return 0;
-        }
         loop {
             match self.vcpus[index].tid.load(SeqCst) {
                 // The thread's first act is to set it.
@@ -250,6 +240,8 @@ impl Processors {
 
     /// Puts the first vCPU at a kernel's entry; only while it rests.
     pub fn enter(&self, start: &cpu_state::Start) -> Result<()> {
+        // The kernel checks control registers against CPUID.
+        self.ready()?;
         self.vcpus.first().map_or(Ok(()), |vcpu| cpu_state::enter(&lock(&vcpu.fd), start))
     }
 }
@@ -261,6 +253,13 @@ impl Drop for Processors {
 }
 
 impl Shared {
+    /// What the threads share before any is made.
+    pub fn new(pio: Arc<Bus>, mmio: Arc<Bus>, controllers: Arc<Controllers>, events: Events) -> Shared {
+        let state = State { target: Target::Pause, ready: 0, failure: None, resting: 0, dead: 0 };
+        let (state, go, rested) = (Mutex::new(state), Condvar::new(), Condvar::new());
+        Shared { pio, mmio, controllers, events, state, go, rested }
+    }
+
     /// Rests until there is something to run; false when the thread must end.
     fn rest(&self, vcpu: &Vcpu, dead: bool) -> bool {
         let mut state = lock(&self.state);
@@ -311,10 +310,19 @@ impl Shared {
 }
 
 impl Vcpu {
-    fn thread(&self, shared: &Shared) {
+    fn thread(&self, shared: &Shared, identity: Arc<Identity>) {
         // SAFETY: no arguments, cannot fail.
         self.tid.store(unsafe { libc::gettid() } as u32, SeqCst);
-        let (mut dead, mut ran) = (false, false);
+        let given = identity.give(self.index, &lock(&self.fd));
+        // With the last thread's, /dev/kvm is closed.
+        drop(identity);
+        let (mut dead, mut ran) = (given.is_err(), false);
+        {
+            let mut state = lock(&shared.state);
+            state.ready += 1;
+            state.failure = state.failure.take().or(given.err());
+            shared.rested.notify_all();
+        }
         while shared.rest(self, dead) {
             let mut fd = lock(&self.fd);
             if ran {
@@ -471,6 +479,7 @@ pub mod gap {
     /// How long it is to be; zero: as it is.
     pub static NANOSECONDS: AtomicU64 = AtomicU64::new(0);
 
+    /// Waits for that long.
     pub fn widen() {
         let gap = Duration::from_nanos(NANOSECONDS.load(SeqCst));
         let start = Instant::now();
