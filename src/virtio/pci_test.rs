@@ -582,3 +582,61 @@ fn nothing_runs_before_driver_ok_or_after_reset() {
     assert_eq!(threads(), 0);
     assert_eq!(d.bus.r32(d.common), u32::MAX, "the registers are gone");
 }
+
+/// Two processors drive the device against each other while control pauses it: nothing hangs, and
+/// afterwards it works.
+#[test]
+fn processors_may_fight_over_the_device() {
+    let board = Board::new();
+    let own = |n| (vec![0, 1], Thread::Own(format!("echo{n}")));
+    let d = board.plug(Echo::new(2, vec![own(0), own(1), (vec![1], Thread::Slow)]));
+    let fighters: Vec<_> = (1..=2u64)
+        .map(|n| {
+            let (d, mem) = (d.clone(), board.ram.mem.clone());
+            std::thread::spawn(move || {
+                let mut x = 0x9e37_79b9_7f4a_7c15u64.wrapping_mul(n);
+                for _ in 0..400 {
+                    x ^= x << 13;
+                    x ^= x >> 7;
+                    x ^= x << 17;
+                    match x >> 8 & 3 {
+                        // Not `reset`, which waits for a status that the other may change again.
+                        0 => d.set_status(0),
+                        1 => d.kick((x >> 16 & 1) as u16),
+                        2 => {
+                            d.select((x >> 16 & 1) as u16);
+                            d.bus.w16(d.common + 0x3a, 1);
+                        }
+                        _ => {
+                            d.set_status(0);
+                            d.set_status(pci::ACKNOWLEDGE | pci::DRIVER);
+                            d.accept(pci::VERSION_1 | pci::RING_RESET | pci::EVENT_IDX);
+                            d.set_status(pci::FEATURES_OK);
+                            for q in 0..2 {
+                                let base = 0x1000 + 0x4000 * u64::from(q) + 0x2_0000 * n;
+                                let mut ring = Ring::new(mem.clone(), 64, base);
+                                d.place_queue(q, 64, ring.desc, ring.avail, ring.used);
+                                d.enable_queue(q);
+                                let head = ring.chain(&[(DATA, 8, false), (DATA + 64, 8, true)]).unwrap();
+                                ring.offer(head);
+                            }
+                            d.driver_ok();
+                        }
+                    }
+                }
+            })
+        })
+        .collect();
+    while fighters.iter().any(|f| !f.is_finished()) {
+        board.root.pause();
+        board.root.resume();
+        std::thread::sleep(Duration::from_micros(200));
+    }
+    fighters.into_iter().for_each(|f| f.join().unwrap());
+    let mut rings = start(&board, &d, 0);
+    for (n, ring) in rings.iter_mut().enumerate() {
+        request(&board, ring, DATA, b"peace");
+        d.kick(n as u16);
+        until(|| ring.answer());
+    }
+}
