@@ -218,7 +218,8 @@ pub(crate) struct Parts {
 }
 
 fn read_text(file: &Path) -> Result<String, String> {
-    let mut bytes = Vec::new();
+    // Room for most of them: each read beyond is a system call.
+    let mut bytes = Vec::with_capacity(8192);
     let explain = |e: std::io::Error| crate::error::strerror(&e);
     if file == Path::new("-") {
         std::io::stdin().lock().take(MAX_SIZE + 1).read_to_end(&mut bytes).map_err(explain)?;

@@ -10,7 +10,7 @@ use crate::machine::Accel;
 use crate::machine::cpu::Topology;
 use crate::machine::layout::{CPUS_MAX, MEMORY_MIN};
 use serde_json::{Map, Value};
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
@@ -23,7 +23,7 @@ const TABLES: &[&str] = &["machine", "boot"];
 /// Reads the tables, in the order of the file.
 pub(crate) fn read(tops: Vec<Top>, dir: &Path, sources: &Sources) -> Result<Parts, Fault> {
     let mut parts = Parts::default();
-    let mut taken: HashMap<(&'static str, String), Place> = HashMap::new();
+    let mut taken: BTreeMap<(&'static str, String), Place> = BTreeMap::new();
     for t in &tops {
         let array = ARRAYS.contains(&t.key.as_str());
         if !array && !TABLES.contains(&t.key.as_str()) {

@@ -2,7 +2,7 @@
 //!
 //! Owns: taking possession of them. Threads: main, before it opens anything. Locks: none.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,7 +11,7 @@ static CLAIMED: AtomicBool = AtomicBool::new(false);
 
 /// The descriptors that the process was started with, as the configuration names them.
 #[derive(Debug, Default)]
-pub struct Inherited(HashMap<RawFd, OwnedFd>);
+pub struct Inherited(BTreeMap<RawFd, OwnedFd>);
 
 impl Inherited {
     /// Takes possession of all of `numbers`, which the parent process left open, and marks them

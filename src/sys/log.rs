@@ -19,6 +19,7 @@ impl Log for Stderr {
         let mut t = libc::timespec { tv_sec: 0, tv_nsec: 0 };
         // SAFETY: the pointer is to a local of the right type.
         unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut t) };
+        // All threads but the first have names.
         let thread = std::thread::current();
         // One write, so that the lines of several threads and processes do not mix. Control
         // characters (a guest's or an image's text may be quoted) must not reach the terminal.
@@ -28,7 +29,7 @@ impl Log for Stderr {
             t.tv_sec,
             t.tv_nsec / 1000,
             record.level().as_str().to_ascii_lowercase(),
-            thread.name().unwrap_or("?"),
+            thread.name().unwrap_or("main"),
         );
         // Where standard error is gone there is no one to tell.
         let _ = std::io::stderr().write_all(line.as_bytes());

@@ -10,6 +10,7 @@ pub mod iov;
 pub mod log;
 pub mod ofd;
 pub mod poll;
+pub mod process;
 pub mod random;
 pub mod thread;
 pub mod tty;
