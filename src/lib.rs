@@ -5,8 +5,8 @@
 //! event in the owner's inbox. The floors, top to bottom; imports go down only:
 //!
 //! ```text
-//! main.rs
-//! config.rs
+//! main.rs    startup.rs
+//! config.rs  args.rs
 //! qmp/        wire, client, schema, events; one cmd_*.rs an area
 //! control/    the one owner: Vm, event loop, run state
 //! virtio/     transport, worker loop, devices

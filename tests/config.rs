@@ -136,6 +136,18 @@ const BAD: &[(&str, &str)] = &[
         "[[drive]]\nfile = \"none\"\nformat = \"raw\"\n",
         "c.toml:2:1: [[drive]] Could not open 'none': No such file",
     ),
+    (
+        "[[drive]]\nfile = \"gluster:x\"\nformat = \"raw\"\n",
+        "c.toml:1:1: [[drive]] Unknown protocol 'gluster'",
+    ),
+    (
+        "[[drive]]\nfile = \"json:{\"\nformat = \"raw\"\n",
+        "c.toml:1:1: [[drive]] Could not parse the JSON options",
+    ),
+    (
+        "[[drive]]\nfile = 'json:{\"driver\": \"file\", \"filename\": \"no\"}'\nformat = \"raw\"\n",
+        "c.toml:1:1: [[drive]] Could not open 'no': No such file or directory",
+    ),
     ("[[drive]]\nfile = 5\nformat = \"raw\"\n", "c.toml:2:1: [[drive]] 'file' must be of type string"),
     ("[[drive]]\nif = \"ide\"\n", "c.toml:2:1: [[drive]] 'if' does not accept value 'ide'"),
     ("[[drive]]\ncache = \"x\"\n", "c.toml:2:1: [[drive]] 'cache' does not accept value 'x'"),

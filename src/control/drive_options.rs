@@ -126,7 +126,7 @@ impl DriveOptions {
                 return Ok(None);
             }
             None => None,
-            Some(Value::String(name)) => Some(json!({ "driver": protocol(&name), "filename": name })),
+            Some(Value::String(name)) => Some(named(&name)?),
             Some(table @ Value::Object(_)) => Some(table),
             Some(_) => bail!("Invalid parameter type for 'file', expected: string"),
         };
@@ -161,12 +161,26 @@ impl DriveOptions {
     }
 }
 
-/// Which driver QEMU takes for a file of that name.
-fn protocol(name: &str) -> &'static str {
-    match std::fs::metadata(name) {
+/// The node that QEMU takes for a file name: `json:{…}` is its options, `file:` may stand before a
+/// path, and a block device is one.
+fn named(name: &str) -> Result<Value> {
+    if let Some(text) = name.strip_prefix("json:") {
+        return match serde_json::from_str(text) {
+            Ok(options @ Value::Object(_)) => Ok(options),
+            Ok(_) => Err(Error::new("Invalid JSON object given")),
+            Err(e) => Err(Error::new(format!("Could not parse the JSON options: {e}"))),
+        };
+    }
+    let path = match name.split_once(':') {
+        Some(("file", path)) => path,
+        Some((protocol, _)) if !protocol.contains('/') => bail!("Unknown protocol '{protocol}'"),
+        _ => name,
+    };
+    let driver = match std::fs::metadata(path) {
         Ok(m) if m.file_type().is_block_device() => "host_device",
         _ => "file",
-    }
+    };
+    Ok(json!({ "driver": driver, "filename": path }))
 }
 
 /// A file without a name, for what is written to a drive with `snapshot`.

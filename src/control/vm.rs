@@ -211,6 +211,10 @@ impl Vm {
             return;
         }
         self.halt();
+        // Nobody has a request under way now.
+        if let Err(e) = self.graph.flush_all() {
+            log::error!("flushing the disks of a stopped VM: {}", strerror(&e));
+        }
         self.become_state(state);
         self.emit("STOP", Value::Null);
     }
@@ -261,17 +265,13 @@ impl Vm {
         }
     }
 
-    /// The processors first, so that no device is given work; then the devices; then the disks.
+    /// The processors first, so that no device is given work; then the devices.
     fn halt(&mut self) {
         if let Some(machine) = &mut self.machine {
             machine.pause();
         }
         if let Some(board) = &self.board {
             board.pause();
-        }
-        // Nobody has a request under way now.
-        if let Err(e) = self.graph.flush_all() {
-            log::error!("flushing the disks of a stopped VM: {}", strerror(&e));
         }
     }
 
