@@ -9,7 +9,7 @@
 use super::cpu_state::{Start, gdt};
 use super::layout::{self, Layout};
 use super::memory::Mem;
-use super::{boot_elf, boot_linux};
+use super::{acpi_pm, boot_elf, boot_linux};
 use crate::bail;
 use crate::error::{Error, Result, strerror};
 use std::fs::File;
@@ -20,6 +20,14 @@ use vm_memory::{Bytes, GuestAddress};
 /// Enough of a file's beginning to know what it is: all of a bzImage's setup header, and an ELF
 /// header with its first program headers.
 pub const HEAD: usize = 1024;
+
+/// Real-mode code: `mov dx, reset port; mov al, value; out dx, al; hlt; jmp -3`. Linux on a
+/// hardware-reduced platform does not use the ACPI reset register: it takes the machine for one
+/// with EFI and, finding none, jumps to the BIOS (`reboot_init` in arch/x86/kernel/reboot.c).
+const RESET_CODE: [u8; 9] = {
+    let port = (layout::ACPI_PM + acpi_pm::RESET).to_le_bytes();
+    [0xba, port[0], port[1], 0xb0, acpi_pm::RESET_VALUE, 0xee, 0xf4, 0xeb, 0xfd]
+};
 
 /// A file to load, and its name for errors.
 pub struct Source {
@@ -141,6 +149,7 @@ impl Boot {
                 Start::Pvh { rip, start_info: layout::PVH_INFO }
             }
         };
+        write(mem, layout::RESET_VECTOR, &RESET_CODE)?;
         write(mem, layout::GDT, &gdt(&start).map(u64::to_le_bytes).concat())?;
         Ok(start)
     }

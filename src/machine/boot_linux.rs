@@ -89,7 +89,7 @@ pub fn load(source: &mut Source, head: &[u8; HEAD], mem: &Mem, layout: &Layout) 
     let alignment = u64::from(u32_at(head, KERNEL_ALIGNMENT)).max(0x1000);
     let fits = |at: u64| {
         at >= layout::HIGH_RAM
-            && at % 0x1000 == 0
+            && at.is_multiple_of(0x1000)
             && at.checked_add(size).is_some_and(|end| end <= layout.low)
     };
     let lowest = layout::HIGH_RAM.next_multiple_of(alignment);

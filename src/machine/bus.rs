@@ -29,10 +29,13 @@ pub trait BusDevice: Send + Sync {
     fn write(&self, off: u64, data: &[u8]) -> Effect;
 }
 
+/// First address → length and device; no two overlap.
+type Ranges = BTreeMap<u64, (u64, Arc<dyn BusDevice>)>;
+
 /// An address space of devices.
 #[derive(Default)]
 pub struct Bus {
-    ranges: RwLock<BTreeMap<u64, (u64, Arc<dyn BusDevice>)>>,
+    ranges: RwLock<Ranges>,
 }
 
 impl Bus {
@@ -76,11 +79,7 @@ impl Bus {
         }
     }
 
-    fn find(
-        ranges: &BTreeMap<u64, (u64, Arc<dyn BusDevice>)>,
-        addr: u64,
-        size: usize,
-    ) -> Option<(u64, &Arc<dyn BusDevice>)> {
+    fn find(ranges: &Ranges, addr: u64, size: usize) -> Option<(u64, &Arc<dyn BusDevice>)> {
         let (base, (len, device)) = ranges.range(..=addr).next_back()?;
         let off = addr - base;
         (off.checked_add(size as u64)? <= *len).then_some((off, device))

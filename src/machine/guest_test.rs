@@ -540,6 +540,35 @@ fn processors_start_by_init_and_sipi_and_again_after_every_reset() {
 }
 
 program!(
+    bios_program,
+    "guest_bios_start",
+    "guest_bios_end",
+    // The other processor starts in real mode at 0xff000, and jumps from there to f000:fff0.
+    "mov rdi, 0xff000",
+    "mov eax, 0x00fff0ea",
+    "mov [rdi], eax",
+    "mov byte ptr [rdi + 4], 0xf0",
+    "mov rbx, 0xfee00000",
+    "mov dword ptr [rbx + 0xf0], 0x1ff",
+    "mov dword ptr [rbx + 0x300], 0xc4500",
+    "mov dword ptr [rbx + 0x300], 0xc46ff",
+    "2: hlt",
+    "jmp 2b",
+);
+
+/// Stock Linux reboots a hardware-reduced machine by a jump to the BIOS.
+#[test]
+fn a_jump_to_the_bios_resets_the_machine() {
+    if !have_kvm() {
+        return;
+    }
+    let mut g = Guest::new(bios_program(), 2, 16 << 20);
+    g.m.start().unwrap();
+    assert_eq!(g.event(), Event::Reset);
+    g.m.stop();
+}
+
+program!(
     high_program,
     "guest_high_start",
     "guest_high_end",

@@ -161,8 +161,8 @@ impl Identity {
 
 /// Bits of a physical address of this host's processor.
 pub fn phys_bits() -> u32 {
-    // SAFETY: every x86-64 processor has the instruction and (AMD APM 3, appendix E) this leaf.
     #[allow(unused_unsafe)] // safe in newer versions of the standard library
+    // SAFETY: every x86-64 processor has the instruction and (AMD APM 3, appendix E) this leaf.
     let leaf = unsafe { std::arch::x86_64::__cpuid(0x8000_0008) };
     leaf.eax & 0xff
 }

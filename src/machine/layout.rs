@@ -11,6 +11,7 @@
 //!               0x20000 │ kernel command line, ≤ 64 K  │ ┘
 //!               0x9fc00 ├──────────────────────────────┤ reserved: EBDA, VGA hole, ROMs
 //!               0xe0000 │ ACPI: RSDP first, then tables│
+//!               0xffff0 │ reset vector: code that resets│
 //!              0x100000 ├──────────────────────────────┤ 1 MiB
 //!                       │ kernel … initrd (high end)   │ RAM, up to 3 GiB
 //!            0xc0000000 ├──────────────────────────────┤ 3 GiB: the hole begins
@@ -51,7 +52,9 @@ pub const LOW_RAM_END: u64 = 0x9_fc00;
 /// RSDP and tables; Linux also looks for the RSDP here by scanning.
 pub const ACPI: u64 = 0xe_0000;
 /// End of the ACPI area.
-pub const ACPI_END: u64 = 0x10_0000;
+pub const ACPI_END: u64 = RESET_VECTOR;
+/// Where software jumps, in real mode at f000:fff0, to have the firmware reset the machine.
+pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// Where RAM for kernels begins.
 pub const HIGH_RAM: u64 = 0x10_0000;
 

@@ -45,6 +45,7 @@ fn fixed_places_do_not_overlap() {
         (CMDLINE, CMDLINE_MAX),
         (LOW_RAM_END, 0x400),
         (ACPI, ACPI_END - ACPI),
+        (RESET_VECTOR, 16),
         (MMIO32.start, MMIO32.end - MMIO32.start),
         (ECAM.start, ECAM.end - ECAM.start),
         (IOAPIC, 0x1000),

@@ -87,7 +87,7 @@ fn map_aligned(len: usize, huge: bool) -> io::Result<MmapRegion> {
     // Linux aligns large mappings itself since 6.7. Before, it puts a new one right below the last:
     // a spacer of the odd bytes in the gap that this one leaves makes the next one fit.
     let mut tries = 3;
-    while huge && region.as_ptr() as usize % HUGE_PAGE != 0 && tries > 0 {
+    while huge && !(region.as_ptr() as usize).is_multiple_of(HUGE_PAGE) && tries > 0 {
         tries -= 1;
         let odd = region.as_ptr() as usize % HUGE_PAGE;
         drop(region);

@@ -126,7 +126,7 @@ impl Machine {
     /// run yet. Without [`Machine::load`] they idle.
     pub fn new(config: &MachineConfig, events: Events) -> Result<Machine> {
         let (memory, page) = (config.memory, 4096);
-        if memory < layout::MEMORY_MIN || memory % page != 0 {
+        if memory < layout::MEMORY_MIN || !memory.is_multiple_of(page) {
             bail!(
                 "memory of {memory} bytes: at least {} MiB, in multiples of {page} bytes",
                 layout::MEMORY_MIN >> 20
