@@ -164,9 +164,10 @@ impl Cache {
         self.dirty.len()
     }
 
-    /// True when so many pages are dirty that a checkpoint is due.
+    /// True when so many pages are dirty that a checkpoint is due. Never, if all pages that there
+    /// are fit: then only the guest's flushes cost syncs.
     pub fn is_full(&self) -> bool {
-        self.dirty.len() * 2 > self.capacity
+        self.dirty.len() > self.capacity
     }
 
     /// All dirty pages in the order of their offsets, shared.
