@@ -78,7 +78,7 @@ fn plan(o: &CreateOptions) -> io::Result<Header> {
             ));
         }
     }
-    if o.size % 512 != 0 {
+    if !o.size.is_multiple_of(512) {
         return Err(invalid("Image size must be a multiple of 512 bytes"));
     }
     if o.refcount_bits > 64 || !o.refcount_bits.is_power_of_two() {

@@ -144,6 +144,7 @@ impl Qcow2 {
         };
         let result = self.file().and_then(|f| meta.erase_page(&f, off, end, how, backing));
         drop(meta);
+        self.early_free();
         let (next, data) = self.judge(result)?;
         if let Some(range) = data {
             self.write_zeroes_at(range)?;

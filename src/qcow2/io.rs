@@ -282,6 +282,7 @@ impl Qcow2 {
         }
         meta.landed(&plan.range);
         drop(meta);
+        self.early_free();
         self.changed.notify_all();
         self.judge(done)?;
         Ok(plan.data.end - plan.data.start)

@@ -25,7 +25,7 @@ impl Qcow2 {
     /// QEMU's texts; nothing the guest sees has changed then.
     pub(super) fn resize_to(&self, len: u64) -> io::Result<()> {
         let invalid = |text: &str| Err(io::Error::new(io::ErrorKind::InvalidInput, text));
-        if len % 512 != 0 {
+        if !len.is_multiple_of(512) {
             return invalid("The new size must be a multiple of 512");
         }
         {

@@ -88,7 +88,7 @@ impl Geometry {
 
     /// `off` rounded up to whole clusters. Saturates far beyond every limit of the format.
     pub fn round_up(&self, off: u64) -> u64 {
-        off.checked_add(self.cluster_size() - 1).unwrap_or(u64::MAX) & !(self.cluster_size() - 1)
+        off.saturating_add(self.cluster_size() - 1) & !(self.cluster_size() - 1)
     }
 
     /// The clusters that `len` > 0 bytes at `off` touch.

@@ -67,6 +67,11 @@ impl Disk {
         Arc::new(Disk { bytes: Mutex::new(bytes), ..Disk::default() })
     }
 
+    /// What it holds now.
+    pub fn copy(&self) -> Vec<u8> {
+        self.bytes.lock().unwrap().clone()
+    }
+
     fn linger(&self) {
         let most = self.jitter.load(Ordering::Relaxed);
         if most > 0 {

@@ -1,0 +1,330 @@
+//! Single properties of the qcow2 driver: what is refused and how, what is repaired, what a
+//! request costs, what stays bounded.
+
+#[path = "support/qcow2.rs"]
+mod support;
+
+use minivmm::block::driver::{Driver, ExtentKind, Flags, Snapshot};
+use minivmm::block::node::{Edge, Node, NodeOptions};
+use minivmm::qcow2::create::CreateOptions;
+use minivmm::qcow2::open::{self, Options};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use support::*;
+
+fn base() -> CreateOptions {
+    CreateOptions { size: 8 << 20, ..CreateOptions::default() }
+}
+
+fn syncs(disk: &Disk, f: impl FnOnce()) -> u64 {
+    let before = disk.syncs.load(Ordering::SeqCst);
+    f();
+    disk.syncs.load(Ordering::SeqCst) - before
+}
+
+#[test]
+fn an_in_place_write_and_a_flush_cost_one_sync() {
+    let disk = fresh(&base());
+    let image = open_image(&disk, None, Options::default()).unwrap();
+    let both = |off: u64| {
+        write(&image, off, &[1; 4096]).unwrap();
+        image.flush().unwrap();
+    };
+    // The first also makes a table.
+    assert_eq!(syncs(&disk, || both(0)), 2, "data and refcounts, then pointers");
+    assert_eq!(syncs(&disk, || both(4096)), 1, "in place");
+    assert_eq!(syncs(&disk, || both(1 << 20)), 2, "a new cluster");
+    let writes = disk.writes.load(Ordering::SeqCst);
+    write(&image, 8192, &[1; 4096]).unwrap();
+    image.flush().unwrap();
+    assert_eq!(disk.writes.load(Ordering::SeqCst), writes + 1, "the data and nothing else");
+}
+
+#[test]
+fn a_tiny_vm_pays_little_memory() {
+    let disk = fresh(&CreateOptions { size: 10 << 30, ..base() });
+    let image = open_image(&disk, None, Options::default()).unwrap();
+    assert_eq!(image.cache_bytes(), 0, "nothing is loaded before it is used");
+    for i in 0..64 {
+        write(&image, i * 70_000, &[1; 4096]).unwrap();
+    }
+    image.flush().unwrap();
+    assert!(image.cache_bytes() <= 32 << 10, "{}", image.cache_bytes());
+}
+
+#[test]
+fn caches_stay_within_their_sizes() {
+    let disk = fresh(&CreateOptions { size: 8 << 40, cluster_size: 4096, ..base() });
+    let sizes =
+        Options { l2_cache_size: Some(64 << 10), refcount_cache_size: Some(64 << 10), ..Options::default() };
+    let image = open_image(&disk, None, sizes).unwrap();
+    let mut rng = Rng::new(1);
+    let places: Vec<u64> = (0..400).map(|_| rng.below(8 << 30) * 1024).collect();
+    for (i, off) in places.iter().enumerate() {
+        write(&image, *off, &[i as u8; 512]).unwrap();
+    }
+    assert!(image.cache_bytes() <= 160 << 10, "{}", image.cache_bytes());
+    for (i, off) in places.iter().enumerate() {
+        assert_eq!(read(&image, *off, 512).unwrap(), [i as u8; 512]);
+    }
+    image.close().unwrap();
+    assert!(image.check().unwrap().errors.is_empty());
+}
+
+fn overwrite(disk: &Disk, at: usize, bytes: &[u8]) {
+    disk.bytes.lock().unwrap()[at..at + bytes.len()].copy_from_slice(bytes);
+}
+
+/// Guest data never go where metadata are, whatever an L2 entry says.
+#[test]
+fn metadata_are_not_overwritten_by_the_guest() {
+    // Header, refcount table, refcount block, L1 table, L2 table.
+    for victim in [0u64, 1, 2, 3, 4] {
+        let disk = fresh(&base());
+        let image = open_image(&disk, None, Options::default()).unwrap();
+        write(&image, 0, &[1; 512]).unwrap();
+        image.close().unwrap();
+        let l2 = 4usize << 16;
+        let entry = (victim << 16 | 1 << 63).to_be_bytes();
+        overwrite(&disk, l2 + 8, &entry);
+        let told = Arc::new(AtomicU64::new(0));
+        let tell = told.clone();
+        let options = Options {
+            on_corrupt: Some(Box::new(move |_| {
+                tell.fetch_add(1, Ordering::SeqCst);
+            })),
+            ..Options::default()
+        };
+        let image = open_image(&disk, None, options).unwrap();
+        let before = disk.copy();
+        let result = write(&image, 65536, &[0xee; 512]);
+        if victim == 0 {
+            // No offset at all: the cluster is simply not allocated.
+            result.unwrap();
+            continue;
+        }
+        assert_eq!(result.unwrap_err().raw_os_error(), Some(libc::EIO), "cluster {victim}");
+        assert!(write(&image, 0, &[2; 512]).is_err(), "nothing is written any more");
+        assert_eq!(told.load(Ordering::SeqCst), 1);
+        let mut after = disk.copy();
+        assert_eq!(after[79] & 2, 2, "the corrupt bit");
+        after[79] &= !2;
+        assert!(after == before, "nothing else was written");
+        assert_eq!(read(&image, 0, 512).unwrap(), [1; 512], "reading goes on");
+        drop(image);
+        let error = open_image(&disk, None, Options::default()).err().unwrap();
+        assert_eq!(error.to_string(), "qcow2: Image is corrupt; cannot be opened read/write");
+        let options = Options { read_only: true, ..Options::default() };
+        assert_eq!(read(&open_image(&disk, None, options).unwrap(), 0, 512).unwrap(), [1; 512]);
+    }
+}
+
+#[test]
+fn tables_in_one_place_are_refused() {
+    let disk = fresh(&CreateOptions { size: 2 << 30, ..base() });
+    let image = open_image(&disk, None, Options::default()).unwrap();
+    write(&image, 0, &[1; 512]).unwrap();
+    image.close().unwrap();
+    let l1 = 3usize << 16;
+    let first = disk.copy()[l1..l1 + 8].to_vec();
+    overwrite(&disk, l1 + 8, &first);
+    let error = open_image(&disk, None, Options::default()).err().unwrap();
+    assert!(error.to_string().contains("metadata overlap"), "{error}");
+}
+
+/// An image that QEMU left in the middle of lazy refcounts.
+#[test]
+fn dirty_images_are_repaired_when_they_are_opened_for_writing() {
+    if !have_qemu() {
+        return;
+    }
+    let dir = Dir::new("dirty");
+    let path = dir.path("image.qcow2");
+    let name = path.to_str().unwrap();
+    qemu("qemu-img", &["create", "-f", "qcow2", "-o", "lazy_refcounts=on", name, "64M"]);
+    let (_, text) = tool(
+        "qemu-io",
+        &["-c", "write -P 9 0 3M", "-c", "write -P 8 40M 64k", "-c", "flush", "-c", "abort", name],
+    );
+    let disk = Disk::new(std::fs::read(&path).unwrap());
+    assert_eq!(disk.copy()[79] & 1, 1, "qemu-io did not leave it dirty: {text}");
+    let before = disk.copy();
+    let image = open_image(&disk, None, Options { read_only: true, ..Options::default() }).unwrap();
+    assert!(!image.check().unwrap().errors.is_empty(), "the refcounts are wrong");
+    assert!(image.info().dirty);
+    drop(image);
+    assert!(disk.copy() == before, "a read-only open writes nothing");
+    let image = open_image(&disk, None, Options::default()).unwrap();
+    assert!(!image.info().dirty);
+    let (_, data) = image.info().specific.unwrap();
+    assert_eq!(data["lazy-refcounts"], true, "the feature stays on");
+    let report = image.check().unwrap();
+    assert_eq!((report.errors.len(), report.leaks), (0, 0), "{report:?}");
+    assert!(read(&image, 0, 3 << 20).unwrap().iter().all(|b| *b == 9));
+    write(&image, 20 << 20, &[3; 100_000]).unwrap();
+    image.close().unwrap();
+    let path = dir.save("repaired.qcow2", &disk);
+    qemu_check(&path, false);
+}
+
+/// A file on the host, as a driver of our own disks would be too large for these.
+fn host_disk(path: &std::path::Path) -> Arc<Disk> {
+    Disk::new(std::fs::read(path).unwrap())
+}
+
+#[test]
+fn guest_data_in_an_external_file() {
+    if !have_qemu() {
+        return;
+    }
+    for raw in [false, true] {
+        let dir = Dir::new("external");
+        let (path, data) = (dir.path("image.qcow2"), dir.path("data"));
+        let (name, data_name) = (path.to_str().unwrap(), data.to_str().unwrap());
+        let options = format!("data_file={data_name},data_file_raw={}", if raw { "on" } else { "off" });
+        qemu("qemu-img", &["create", "-f", "qcow2", "-o", &options, name, "4M"]);
+        qemu("qemu-io", &["-c", "write -P 5 64k 100k", name]);
+        let (disk, outside) = (host_disk(&path), host_disk(&data));
+        let open = |with: bool| {
+            let data = with.then(|| edge("data-file", node(&outside)));
+            open::open(edge("file", node(&disk)), Edge::new("backing", None), data, Options::default())
+        };
+        let error = open(false).err().unwrap();
+        assert_eq!(error.to_string(), "'data-file' is required for this image");
+        let image = open(true).unwrap();
+        let mut model = vec![0; 4 << 20];
+        model[64 << 10..164 << 10].fill(5);
+        assert!(read(&image, 0, model.len()).unwrap() == model, "raw={raw}");
+        let mut rng = Rng::new(7);
+        // Through a node, which writes zeroes where the driver cannot say them.
+        let image = Node::new("image", Box::new(image), NodeOptions::default());
+        for i in 0..80u64 {
+            let off = rng.below((4 << 20) - 9000);
+            let len = 1 + rng.below(9000) as usize;
+            match i % 8 {
+                0 => {
+                    image.zero(off, len as u64, Flags::MAY_UNMAP).unwrap();
+                    model[off as usize..off as usize + len].fill(0);
+                }
+                _ => {
+                    let bytes = vec![i as u8; len];
+                    write(&*image.driver, off, &bytes).unwrap();
+                    model[off as usize..off as usize + len].copy_from_slice(&bytes);
+                }
+            }
+        }
+        image.driver.close().unwrap();
+        assert!(read(&*image.driver, 0, model.len()).unwrap() == model, "raw={raw}");
+        if raw {
+            assert!(outside.copy() == model, "the data file is an image by itself");
+        }
+        std::fs::write(&path, disk.copy()).unwrap();
+        std::fs::write(&data, outside.copy()).unwrap();
+        qemu_check(&path, false);
+        assert!(qemu_read(&dir, &path) == model, "raw={raw}: qemu-img reads something else");
+    }
+}
+
+#[test]
+fn a_disk_grows_very_large_and_shrinks_again() {
+    let disk = fresh(&base());
+    let image = open_image(&disk, None, Options::default()).unwrap();
+    write(&image, 0, &[1; 512]).unwrap();
+    image.resize(64 << 40).unwrap();
+    write(&image, (64 << 40) - 512, &[2; 512]).unwrap();
+    image.close().unwrap();
+    drop(image);
+    let image = open_image(&disk, None, Options::default()).unwrap();
+    assert_eq!(image.len(), 64 << 40);
+    assert_eq!(read(&image, (64 << 40) - 512, 512).unwrap(), [2; 512]);
+    assert_eq!(image.status(1 << 40, 1 << 40).unwrap().kind, ExtentKind::Unallocated);
+    image.resize(1 << 20).unwrap();
+    image.resize(2 << 20).unwrap();
+    assert_eq!(read(&image, 0, 513).unwrap()[511..], [1, 0]);
+    image.close().unwrap();
+    let report = image.check().unwrap();
+    assert_eq!((report.errors.len(), report.leaks), (0, 0), "{report:?}");
+    assert_eq!(image.resize(1000).unwrap_err().to_string(), "The new size must be a multiple of 512");
+}
+
+#[test]
+fn snapshots_are_listed_as_they_were_taken() {
+    let disk = fresh(&base());
+    let image = open_image(&disk, None, Options::default()).unwrap();
+    let inside = image.internal().unwrap();
+    let snapshot = |name: &str| Snapshot {
+        name: name.into(),
+        date_sec: 1_700_000_000,
+        date_nsec: 5,
+        vm_clock_nsec: 1_500_000_000,
+        ..Snapshot::default()
+    };
+    inside.create_snapshot(snapshot("one")).unwrap();
+    inside.create_snapshot(snapshot("two")).unwrap();
+    let gone = inside.delete_snapshot(Some("1"), Some("one")).unwrap();
+    assert_eq!((gone.name.as_str(), gone.disk_size), ("one", 8 << 20));
+    inside.create_snapshot(snapshot("three")).unwrap();
+    let ids: Vec<_> = inside.snapshots().unwrap().into_iter().map(|s| (s.id, s.name)).collect();
+    assert_eq!(ids, [("2".into(), "two".into()), ("3".into(), String::from("three"))]);
+    let missing = inside.delete_snapshot(Some("2"), Some("three")).unwrap_err();
+    assert_eq!(missing.raw_os_error(), Some(libc::ENOENT));
+    image.close().unwrap();
+    if have_qemu() {
+        let dir = Dir::new("list");
+        let path = dir.save("image.qcow2", &disk);
+        let text = qemu("qemu-img", &["snapshot", "-l", path.to_str().unwrap()]);
+        assert!(text.contains("two") && text.contains("00:00:01.500"), "{text}");
+        qemu_check(&path, false);
+    }
+}
+
+/// Bitmaps that QEMU stored would be wrong after our writes: they are not kept as if they were
+/// right, and nothing else is harmed.
+#[test]
+fn stored_bitmaps_are_declared_inconsistent() {
+    if !have_qemu() {
+        return;
+    }
+    let dir = Dir::new("bitmaps");
+    let path = dir.path("image.qcow2");
+    let name = path.to_str().unwrap();
+    qemu("qemu-img", &["create", "-f", "qcow2", name, "64M"]);
+    qemu("qemu-img", &["bitmap", "--add", name, "b0"]);
+    let disk = host_disk(&path);
+    assert_eq!(disk.copy()[95] & 1, 1);
+    let image = open_image(&disk, None, Options { read_only: true, ..Options::default() }).unwrap();
+    let report = image.check().unwrap();
+    assert_eq!((report.errors.len(), report.leaks), (0, 0), "{report:?}");
+    drop(image);
+    let image = open_image(&disk, None, Options::default()).unwrap();
+    assert_eq!(disk.copy()[95] & 1, 0, "before the first write");
+    write(&image, 0, &[1; 4096]).unwrap();
+    image.close().unwrap();
+    let path = dir.save("image.qcow2", &disk);
+    qemu_check(&path, true);
+}
+
+/// While a flush is on its way, others share it: no more syncs than one or two flushes need.
+#[test]
+fn flushes_of_several_threads_are_shared() {
+    let disk = fresh(&base());
+    let image = open_image(&disk, None, Options::default()).unwrap();
+    write(&image, 0, &[1; 4096]).unwrap();
+    image.flush().unwrap();
+    disk.jitter.store(20_000, Ordering::SeqCst);
+    let done = Mutex::new(0);
+    let n = syncs(&disk, || {
+        std::thread::scope(|s| {
+            for t in 0..16 {
+                let (image, done) = (&image, &done);
+                s.spawn(move || {
+                    write(image, t * 4096, &[2; 4096]).unwrap();
+                    image.flush().unwrap();
+                    *done.lock().unwrap() += 1;
+                });
+            }
+        });
+    });
+    assert_eq!(*done.lock().unwrap(), 16);
+    assert!(n < 16, "{n} syncs for 16 flushes");
+}
