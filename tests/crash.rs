@@ -15,7 +15,7 @@ use minivmm::block::node::{Node, NodeOptions};
 use minivmm::qcow2::create::CreateOptions;
 use minivmm::qcow2::mutant::Mutant;
 use minivmm::qcow2::open::Options;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use support::*;
 
@@ -223,6 +223,97 @@ fn record(rng: &mut Rng, steps: u64, bug: Option<Mutant>) -> Run {
     run
 }
 
+/// A workload of several threads, recorded. Each sector has one thread that writes it, so that it
+/// is known what was last; but clusters are shared.
+fn record_threads(rng: &mut Rng, steps: u64, bug: Option<Mutant>) -> Run {
+    const THREADS: u64 = 3;
+    let options = CreateOptions {
+        size: (192 + rng.below(200)) * 512,
+        cluster_size: 512 << rng.below(4),
+        refcount_bits: 8 << rng.below(4),
+        ..CreateOptions::default()
+    };
+    let sectors = options.size / 512;
+    let per_cluster = options.cluster_size / 512;
+    // Behind this, whole clusters belong to thread 0, which discards them.
+    let common = sectors / 4 * 3 / per_cluster * per_cluster;
+    let disk = fresh(&options);
+    let start = disk.copy();
+    *disk.log.lock().unwrap() = Some(Vec::new());
+    disk.jitter.store(40, std::sync::atomic::Ordering::SeqCst);
+    let at = || disk.log.lock().unwrap().as_ref().unwrap().len();
+    let image = open_image(&disk, None, caches(rng, bug)).expect("open");
+    let ids = vec![0; sectors as usize];
+    let run = Run {
+        start,
+        log: Vec::new(),
+        requests: Vec::new(),
+        promises: vec![Promise { at: 0, ids: ids.clone(), requests: 0, snapshots: Vec::new() }],
+        taken: Vec::new(),
+        deleted: Vec::new(),
+        sizes: vec![(0, sectors)],
+        under: None,
+        options,
+    };
+    // What has completed: ids, and the requests in the order of their completion.
+    let done = Mutex::new((ids, run));
+    std::thread::scope(|s| {
+        for t in 0..THREADS {
+            let (image, done) = (&image, &done);
+            let mut rng = Rng::new(rng.draw());
+            s.spawn(move || {
+                for step in 0..steps {
+                    let id = (step * THREADS + t) as Id + 1;
+                    let began = at();
+                    let mut first = rng.below(common / 3 / THREADS) * 3 * THREADS + t * 3;
+                    let mut end = (first + 1 + rng.below(3)).min(common);
+                    if t == 0 && rng.one_in(3) {
+                        first = common + rng.below(sectors - common);
+                        end = (first + 1 + rng.below(12)).min(sectors);
+                    }
+                    let id = match rng.below(8) {
+                        0 => {
+                            let (ids, requests) = {
+                                let done = done.lock().unwrap();
+                                (done.0.clone(), done.1.requests.len())
+                            };
+                            image.flush().expect("flush");
+                            let mut done = done.lock().unwrap();
+                            done.1.promises.push(Promise { at: at(), ids, requests, snapshots: Vec::new() });
+                            continue;
+                        }
+                        1 => {
+                            image.zero(first * 512, (end - first) * 512, Flags::MAY_UNMAP).expect("zero");
+                            0
+                        }
+                        2 if first >= common => {
+                            first = first.next_multiple_of(per_cluster);
+                            end = end / per_cluster * per_cluster;
+                            if first >= end {
+                                continue;
+                            }
+                            image.discard(first * 512, (end - first) * 512).expect("discard");
+                            0
+                        }
+                        _ => {
+                            let data: Vec<u8> = (first..end).flat_map(|s| contents(id, s)).collect();
+                            write(image, first * 512, &data).expect("write");
+                            id
+                        }
+                    };
+                    let mut done = done.lock().unwrap();
+                    done.0[first as usize..end as usize].fill(id);
+                    done.1.requests.push(Request { began, sectors: first..end, id });
+                }
+            });
+        }
+    });
+    let _ = image.close();
+    let (_, mut run) = done.into_inner().unwrap();
+    run.log = disk.log.lock().unwrap().take().unwrap();
+    run
+}
+
 fn apply(bytes: &mut Vec<u8>, op: &Op) {
     match op {
         Op::Write(off, data) => {
@@ -343,7 +434,7 @@ impl Judge<'_> {
         let got = read(&image, 0, image.len() as usize).unwrap_or_else(|e| panic!("{say}: read: {e}"));
         let mut allowed: Vec<Vec<Id>> =
             (0..size).map(|s| vec![promise.ids.get(s as usize).copied().unwrap_or(0)]).collect();
-        for r in self.run.requests[promise.requests..].iter().take_while(|r| r.began <= point) {
+        for r in self.run.requests[promise.requests..].iter().filter(|r| r.began <= point) {
             for s in r.sectors.clone().filter(|s| *s < size) {
                 allowed[s as usize].push(r.id);
             }
@@ -383,9 +474,12 @@ impl Judge<'_> {
 }
 
 /// Every cut of one workload. Answers the number of states.
-fn cuts(seed: u64, qemu: bool, bug: Option<Mutant>) -> u64 {
+fn cuts(seed: u64, threads: bool, qemu: bool, bug: Option<Mutant>) -> u64 {
     let mut rng = Rng::new(seed);
-    let run = record(&mut rng, 60, bug);
+    let run = match threads {
+        false => record(&mut rng, 60, bug),
+        true => record_threads(&mut rng, 40, bug),
+    };
     let say = format!("SEED={seed} {:?} backing={}", run.options, run.under.is_some());
     let dir = qemu.then(|| Dir::new("crash"));
     let mut judge = Judge { run: &run, say, dir, states: 0, verbose: bug.is_none() };
@@ -421,7 +515,20 @@ fn every_power_cut_leaves_a_good_image_with_all_that_was_flushed() {
     let qemu = have_qemu();
     let (mut n, mut states) = (0, 0);
     while n < 3 || Instant::now() < until {
-        states += cuts(seed + n, qemu, None);
+        states += cuts(seed + n, false, qemu, None);
+        n += 1;
+    }
+    eprintln!("{states} crash states of {n} workloads");
+}
+
+/// The same with several threads at once. Not repeatable by its seed, for threads meet by chance.
+#[test]
+fn power_cuts_under_several_threads() {
+    let (seed, until) = seed_and_time(Duration::from_secs(4));
+    let qemu = have_qemu();
+    let (mut n, mut states) = (0, 0);
+    while n < 2 || Instant::now() < until {
+        states += cuts(seed + n, true, qemu, None);
         n += 1;
     }
     eprintln!("{states} crash states of {n} workloads");
@@ -449,16 +556,18 @@ fn mutants_are_caught() {
         .into_iter()
         .filter(|(bug, first)| {
             let began = Instant::now();
-            let caught = (*first..first + 12).find(|n| fails(|| _ = cuts(*n, false, Some(*bug))));
+            let caught = (*first..first + 12).find(|n| fails(|| _ = cuts(*n, false, false, Some(*bug))));
             eprintln!("{bug:?}: caught by workload {caught:?}, {:?}", began.elapsed());
             if let Some(n) = caught {
                 // By the mutant, not by the workload itself.
-                cuts(n, false, None);
+                cuts(n, false, false, None);
             }
             caught.is_none()
         })
         .map(|(bug, _)| bug)
         .collect();
+    let alone = fails(|| _ = cuts(0, true, false, Some(Mutant::NoBarrier)));
     let _ = std::panic::take_hook();
+    assert!(alone, "not caught with several threads: NoBarrier");
     assert!(survivors.is_empty(), "not caught: {survivors:?}");
 }
