@@ -165,7 +165,7 @@ pub fn enter(fd: &VcpuFd, start: &Start) -> Result<()> {
 
 /// Back to what KVM makes at creation. `first` is the bootstrap processor; the others wait for
 /// INIT and SIPI, by which the kernel sets the rest of their registers.
-pub fn reset(fd: &VcpuFd, first: bool) -> Result<()> {
+pub fn reset(fd: &VcpuFd, first: bool, apic_id: u32) -> Result<()> {
     const APIC_BASE: u64 = layout::LAPIC | 1 << 11;
     let mut sregs = fd.get_sregs().map_err(|e| fail("KVM_GET_SREGS", e))?;
     // The state after INIT (Intel SDM 3, table 10-1); real mode at the reset vector.
@@ -201,16 +201,17 @@ pub fn reset(fd: &VcpuFd, first: bool) -> Result<()> {
     let _ = fd.set_debug_regs(&kvm_debugregs { dr6: 0xffff_0ff0, dr7: 0x400, ..Default::default() });
     set_msrs(fd, &RESET_MSRS);
     set_msrs(fd, &FIRMWARE_MSRS);
-    reset_lapic(fd)?;
+    reset_lapic(fd, apic_id)?;
     // No exception, interrupt or NMI is pending, and none is blocked.
     fd.set_vcpu_events(&kvm_vcpu_events::default()).map_err(|e| fail("KVM_SET_VCPU_EVENTS", e))?;
     let mp_state = if first { KVM_MP_STATE_RUNNABLE } else { KVM_MP_STATE_UNINITIALIZED };
     fd.set_mp_state(kvm_mp_state { mp_state }).map_err(|e| fail("KVM_SET_MP_STATE", e))
 }
 
-/// The local APIC's registers after power-up (Intel SDM 3, 11.4.7.1); its id and version stay.
-fn reset_lapic(fd: &VcpuFd) -> Result<()> {
-    const KEPT: [usize; 2] = [0x20, 0x30];
+/// The local APIC's registers after power-up (Intel SDM 3, 11.4.7.1); its version stays.
+fn reset_lapic(fd: &VcpuFd, apic_id: u32) -> Result<()> {
+    const ID: usize = 0x20;
+    const VERSION: usize = 0x30;
     // DFR, spurious vector, and all local vectors masked: CMCI, timer, thermal, PMC, LINT0, LINT1, error.
     const SET: [(usize, u32); 9] = [
         (0xe0, u32::MAX),
@@ -225,11 +226,13 @@ fn reset_lapic(fd: &VcpuFd) -> Result<()> {
     ];
     let mut lapic = fd.get_lapic().map_err(|e| fail("KVM_GET_LAPIC", e))?;
     for (at, byte) in lapic.regs.iter_mut().enumerate() {
-        if !KEPT.contains(&(at & !0xf)) {
+        if at & !0xf != VERSION {
             *byte = 0;
         }
     }
-    for (at, value) in SET {
+    // KVM leaves the id in x2APIC's form when a reset leads from that mode straight back to xAPIC's:
+    // read as xAPIC's it is 0 for every processor, and no INIT finds one.
+    for (at, value) in SET.into_iter().chain([(ID, apic_id << 24)]) {
         for (byte, v) in lapic.regs[at..].iter_mut().zip(value.to_le_bytes()) {
             *byte = v as _;
         }

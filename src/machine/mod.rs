@@ -232,7 +232,7 @@ impl Machine {
         self.controllers.reset();
         self.pm.reset();
         if let Some(p) = &self.processors {
-            p.reset(|index, fd| cpu_state::reset(fd, index == 0))?;
+            p.reset(|index, fd| cpu_state::reset(fd, index == 0, self.topology.apic_id(index)))?;
         }
         self.enter()
     }
