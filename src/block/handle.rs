@@ -128,6 +128,33 @@ impl Default for HandleSpec {
     }
 }
 
+/// What [`Handle::submit`] does. Offsets and lengths are in bytes.
+pub enum Request<'a, 'b> {
+    /// Fills this from the offset on.
+    Read(u64, &'a mut IovMut<'b>),
+    /// Puts this at the offset.
+    Write(u64, &'a Iov<'b>, Flags),
+    /// Makes so many bytes from the offset on read as zeroes.
+    Zero(u64, u64, Flags),
+    /// Gives so many bytes from the offset on up; a hint.
+    Discard(u64, u64),
+    /// Makes all completed writes durable.
+    Flush,
+}
+
+impl Request<'_, '_> {
+    /// As what it is counted, and how many bytes.
+    fn kind(&self) -> (Kind, u64) {
+        match self {
+            Request::Read(_, to) => (Kind::Read, to.len() as u64),
+            Request::Write(_, from, _) => (Kind::Write, from.len() as u64),
+            Request::Zero(_, len, _) => (Kind::Write, *len),
+            Request::Discard(_, len) => (Kind::Unmap, *len),
+            Request::Flush => (Kind::Flush, 0),
+        }
+    }
+}
+
 /// Who stands above a handle: for events and messages.
 #[derive(Clone, Default)]
 struct Owner {
@@ -192,11 +219,41 @@ impl Handle {
         }
     }
 
-    fn counted<T>(&self, kind: Kind, bytes: u64, f: impl FnOnce(&Node) -> io::Result<T>) -> io::Result<T> {
+    /// Does a request. `counted`: it is the guest's own, and shows in the statistics; tools that
+    /// do as the guest would are not counted.
+    pub fn submit(&self, request: Request, counted: bool) -> io::Result<()> {
+        let (kind, bytes) = request.kind();
         let clock = self.stats.clock();
-        let done = self.with(f);
-        self.stats.done(kind, bytes, clock, done.is_ok());
+        let done = self.with(|n| self.perform(n, request));
+        if counted {
+            self.stats.done(kind, bytes, clock, done.is_ok());
+        }
         done
+    }
+
+    fn perform(&self, n: &Node, request: Request) -> io::Result<()> {
+        match request {
+            Request::Read(off, to) => {
+                in_bounds(n, off, to.len() as u64)?;
+                n.read(off, to)
+            }
+            Request::Write(off, from, flags) => {
+                self.allowed(Perm::WRITE)?;
+                in_bounds(n, off, from.len() as u64)?;
+                n.write(off, from, self.with_cache(flags))
+            }
+            Request::Zero(off, len, flags) => {
+                self.allowed(Perm::WRITE)?;
+                in_bounds(n, off, len)?;
+                n.zero(off, len, self.with_cache(flags))
+            }
+            Request::Discard(off, len) => {
+                self.allowed(Perm::WRITE)?;
+                in_bounds(n, off, len)?;
+                n.discard(off, len)
+            }
+            Request::Flush => n.flush(),
+        }
     }
 
     fn allowed(&self, perm: Perm) -> io::Result<()> {
@@ -225,44 +282,27 @@ impl Handle {
 
     /// Reads `to.len()` bytes at `off`.
     pub fn read(&self, off: u64, to: &mut IovMut) -> io::Result<()> {
-        let bytes = to.len() as u64;
-        self.counted(Kind::Read, bytes, |n| {
-            in_bounds(n, off, bytes)?;
-            n.read(off, to)
-        })
+        self.submit(Request::Read(off, to), true)
     }
 
     /// Writes all of `from` at `off`.
     pub fn write(&self, off: u64, from: &Iov, flags: Flags) -> io::Result<()> {
-        let bytes = from.len() as u64;
-        self.counted(Kind::Write, bytes, |n| {
-            self.allowed(Perm::WRITE)?;
-            in_bounds(n, off, bytes)?;
-            n.write(off, from, self.with_cache(flags))
-        })
+        self.submit(Request::Write(off, from, flags), true)
     }
 
     /// Makes `len` bytes at `off` read as zeroes.
     pub fn zero(&self, off: u64, len: u64, flags: Flags) -> io::Result<()> {
-        self.counted(Kind::Write, len, |n| {
-            self.allowed(Perm::WRITE)?;
-            in_bounds(n, off, len)?;
-            n.zero(off, len, self.with_cache(flags))
-        })
+        self.submit(Request::Zero(off, len, flags), true)
     }
 
     /// Gives `len` bytes at `off` up; a hint.
     pub fn discard(&self, off: u64, len: u64) -> io::Result<()> {
-        self.counted(Kind::Unmap, len, |n| {
-            self.allowed(Perm::WRITE)?;
-            in_bounds(n, off, len)?;
-            n.discard(off, len)
-        })
+        self.submit(Request::Discard(off, len), true)
     }
 
     /// Makes all completed writes durable.
     pub fn flush(&self) -> io::Result<()> {
-        self.counted(Kind::Flush, 0, Node::flush)
+        self.submit(Request::Flush, true)
     }
 
     /// What is at `off`.

@@ -5,5 +5,7 @@ pub mod devices;
 pub mod drive_options;
 pub mod event_loop;
 pub mod formats;
+pub mod qemu_io;
+mod qemu_io_text;
 pub mod state;
 pub mod vm;

@@ -5,6 +5,7 @@
 
 use super::board::Board;
 use super::devices::Devices;
+use super::qemu_io::QemuIo;
 use super::state::RunState;
 use crate::block::drive::Drives;
 use crate::block::graph::Graph;
@@ -156,6 +157,8 @@ pub struct Vm {
     pub netdevs: Netdevs,
     /// The default CPU of the human commands (`cpu`).
     pub current_cpu: i64,
+    /// The human command `qemu-io`.
+    pub qemu_io: QemuIo,
     /// There is a monitor: somebody who can deal with a VM that has stopped.
     pub attended: bool,
     /// Set once the process is to end: its exit status.
@@ -180,6 +183,7 @@ impl Vm {
             devices: Devices::default(),
             netdevs: Netdevs::default(),
             current_cpu: 0,
+            qemu_io: QemuIo::default(),
             attended: false,
             exit: None,
         })

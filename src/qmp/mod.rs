@@ -12,6 +12,7 @@ pub mod wire;
 mod cmd_blockdev;
 mod cmd_core;
 mod cmd_fd;
+mod cmd_hmp;
 mod cmd_machine;
 mod cmd_oob;
 mod cmd_query_block;
@@ -25,4 +26,5 @@ static TABLES: &[&[schema::Command]] = &[
     cmd_blockdev::BLOCKDEV,
     cmd_query_block::QUERY_BLOCK,
     cmd_oob::OOB,
+    cmd_hmp::HMP,
 ];

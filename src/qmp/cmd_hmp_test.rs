@@ -1,0 +1,81 @@
+use crate::block::testing::Scratch;
+use crate::qmp::cmd_blockdev::tests::Qmp;
+use serde_json::json;
+
+fn say(q: &mut Qmp, line: &str) -> String {
+    let answer = q.ok("human-monitor-command", json!({"command-line": line}));
+    answer.as_str().unwrap().to_string()
+}
+
+fn with_drive(dir: &Scratch) -> Qmp {
+    let raw = dir.file("d.raw", 1 << 20);
+    let mut q = Qmp::new();
+    let args = json!({"id": "d0", "if": "none", "file": raw, "format": "raw", "node-name": "n0"});
+    q.vm.add_drive(args.as_object().unwrap().clone()).unwrap();
+    q
+}
+
+#[test]
+fn texts_of_the_human_monitor() {
+    let dir = Scratch::new("hmp-texts");
+    let mut q = with_drive(&dir);
+    let missing = "qemu-io: string expected\r\nTry \"help qemu-io\" for more information\r\n";
+    for (line, want) in [
+        ("", ""),
+        ("   ", ""),
+        ("nosuch", "unknown command: 'nosuch'\r\n"),
+        ("info nosuch", "unknown command: 'info nosuch'\r\n"),
+        ("info status", "VM status: paused (prelaunch)\r\n"),
+        ("qemu-io", missing),
+        ("qemu-io d0", missing),
+        ("qemu-io d0 \"read 0 1", missing),
+        ("qemu-io d0 length x", "qemu-io: extraneous characters at the end of line\r\n"),
+        ("qemu-io zz length", "Error: Cannot find device='' nor node-name='zz'\r\n"),
+        ("qemu-io -d zz length", "Error: Device 'zz' not found\r\n"),
+        ("qemu-io d0 \"sleep 0\"", ""),
+        ("qemu-io d0 \"\"", ""),
+    ] {
+        assert_eq!(say(&mut q, line), want, "{line}");
+    }
+    let e = q.err("human-monitor-command", json!({"command-line": "", "cpu-index": 99}));
+    assert_eq!(e, "Parameter 'cpu-index' expects a CPU number");
+}
+
+#[test]
+fn writes_through_a_drive_and_a_node_reach_the_disk() {
+    let dir = Scratch::new("hmp-write");
+    let mut q = with_drive(&dir);
+    assert_eq!(say(&mut q, "qemu-io d0 \"write -q -P 85 4096 512\""), "");
+    assert_eq!(say(&mut q, "qemu-io d0 \"discard -q 0 512\""), "");
+    assert_eq!(say(&mut q, "qemu-io n0 \"write -q -P 0x11 8k 1k\""), "");
+    let bytes = std::fs::read(dir.path("d.raw")).unwrap();
+    assert_eq!((bytes[4095], bytes[4096], bytes[4607], bytes[4608]), (0, 85, 85, 0));
+    assert_eq!((bytes[8191], bytes[8192], bytes[9215], bytes[9216]), (0, 0x11, 0x11, 0));
+    let stats = q.ok("query-blockstats", json!({}));
+    assert_eq!(stats[0]["stats"]["wr_operations"], 0, "not counted");
+    assert_eq!(stats[0]["stats"]["wr_highest_offset"], 9216);
+    // The borrowed user of the node is gone.
+    assert_eq!(q.vm.graph.handles().len(), 1);
+}
+
+#[test]
+fn who_shares_no_writes_is_respected() {
+    let dir = Scratch::new("hmp-perm");
+    let raw = dir.file("d.raw", 1 << 20);
+    let mut q = Qmp::new();
+    q.ok(
+        "blockdev-add",
+        json!({"driver": "raw", "node-name": "r",
+                                "file": {"driver": "file", "filename": raw, "node-name": "f"}}),
+    );
+    let e = say(&mut q, "qemu-io f \"write 0 512\"");
+    assert!(!e.is_empty() || q.vm.graph.handles().is_empty());
+    let spec = crate::block::handle::HandleSpec::default();
+    let node = q.vm.graph.find("r").cloned();
+    let disk = q.vm.graph.attach(node, spec).unwrap();
+    let e = say(&mut q, "qemu-io r \"write 0 512\"");
+    assert!(e.starts_with("Error: Permission conflict on node 'r': permissions 'write'"), "{e}");
+    assert_eq!(say(&mut q, "qemu-io r \"read -q 0 512\""), "");
+    q.vm.graph.detach(&disk);
+    assert_eq!(say(&mut q, "qemu-io r \"write -q 0 512\""), "");
+}
