@@ -101,7 +101,13 @@ impl Meta {
             true => geo.cluster_size(),
             false => geo.unit_size(),
         };
-        let data = off..(off + len).min((c + count) << geo.cluster_bits);
+        let mut data = off..(off + len).min((c + count) << geo.cluster_bits);
+        // A unit of ours that holds data is written in place, by anyone at any time: no part of it
+        // may be copied and written back. The request's own part of it goes in place, too, next.
+        let edge = data.end & !(geo.unit_size() - 1);
+        if ours && edge != data.end && last.data >> (geo.in_cluster(edge) >> geo.unit_bits()) & 1 != 0 {
+            data.end = edge;
+        }
         let write = off & !(unit(&first) - 1)..data.end.next_multiple_of(unit(&last));
         self.in_flight.push(c..c + count);
         Ok(Plan { range: c..c + count, host, new, fresh, write, data })
@@ -228,7 +234,8 @@ impl Qcow2 {
                         let result = self.file().and_then(|f| meta.grow_for(&f, host, n));
                         drop(meta);
                         self.judge(result)?;
-                        meta = self.lock();
+                        // Without the lock the cluster may have become someone else's.
+                        continue;
                     }
                     let using = self.using(&meta);
                     drop(meta);
