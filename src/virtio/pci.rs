@@ -65,11 +65,12 @@ impl Upward {
 
     /// Reading the interrupt status is what acknowledges INTx.
     fn take_isr(&self) -> u8 {
-        let isr = self.isr.swap(0, Ordering::SeqCst);
+        // The pin first: it may stay high without a cause until the next read, which is harmless;
+        // the other way round a cause that comes in between would be left with a low pin.
         if let Some(pin) = self.pin.get() {
             pin.set(false);
         }
-        isr
+        self.isr.swap(0, Ordering::SeqCst)
     }
 
     fn is_started(&self) -> bool {

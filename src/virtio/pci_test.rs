@@ -525,6 +525,48 @@ fn without_msix_the_line_is_raised_and_reading_the_status_lowers_it() {
     assert!(!board.caught.line(gsi));
 }
 
+/// A cause that comes while the driver reads the status is in what it reads, or the line is high.
+#[test]
+fn without_msix_no_interrupt_is_lost() {
+    let board = Board::new();
+    let echo = Echo::simple();
+    let d = board.plug(echo.clone());
+    let gsi = 16 + u32::from(d.slot) % 4;
+    start(&board, &d, 0);
+    d.bus.w16(pci::config(d.slot, d.msix + 2), 0);
+    let up = echo.up.get().unwrap().clone();
+    // Odd while the other thread is to say that something has changed; MAX: the end.
+    let turn = std::sync::atomic::AtomicUsize::new(0);
+    let rounds = 2_000;
+    let lost = std::thread::scope(|s| {
+        s.spawn(|| {
+            loop {
+                match turn.load(Ordering::SeqCst) {
+                    usize::MAX => break,
+                    n if n % 2 == 0 => std::thread::yield_now(),
+                    n => {
+                        up.config_changed();
+                        turn.store(n + 1, Ordering::SeqCst);
+                    }
+                }
+            }
+        });
+        let lost = (0..rounds).find_map(|round| {
+            turn.store(2 * round + 1, Ordering::SeqCst);
+            let mut seen = 0;
+            while turn.load(Ordering::SeqCst) % 2 == 1 {
+                seen |= d.bus.r8(d.isr);
+            }
+            let line = board.caught.line(gsi);
+            let left = d.bus.r8(d.isr);
+            (left != 0 && !line || left | seen == 0).then_some((round, seen, left, line))
+        });
+        turn.store(usize::MAX, Ordering::SeqCst);
+        lost
+    });
+    assert_eq!(lost, None, "round, causes read, causes left, level of the line");
+}
+
 #[test]
 fn configuration_space_has_a_window_on_the_registers() {
     let board = Board::new();
