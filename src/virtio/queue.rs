@@ -297,6 +297,9 @@ impl Queue {
         let more = match ring.live.as_mut() {
             // If the worker leaves what has come, it does so on purpose: no second call for it.
             Some(live) if live.hungry => live.enable_kicks().inspect(|&more| live.hungry = !more),
+            // One of several leaves nothing on purpose. Another has popped since this one found the
+            // queue dry, and may be long at it: what comes meanwhile is for those who sleep.
+            Some(live) if self.workers().len() > 1 => live.enable_kicks(),
             _ => Ok(false),
         };
         drop(ring);

@@ -152,6 +152,29 @@ fn kicks_are_asked_for_only_when_the_queue_ran_dry() {
     }
 }
 
+/// The second worker's last pop took the only request, after the first one had found none: when
+/// the first one sleeps, kicks must come all the same, or the next request waits for the second.
+#[test]
+fn a_worker_that_sleeps_hears_of_what_comes_while_another_works() {
+    use crate::virtio::kick::Kick;
+    let mut r = rig(8, true);
+    let kicks: Vec<Arc<Kick>> = (0..2).map(|_| Arc::new(Kick::new().unwrap())).collect();
+    r.queue.set_workers(kicks.iter().map(|k| Waker::new(k.clone())).collect());
+    assert!(r.queue.pop().is_none(), "the first worker");
+    r.offer(1);
+    let chain = r.queue.pop().expect("the second worker");
+    kicks[0].prepare();
+    assert!(!r.queue.prepare_sleep());
+    let avail_event = r.ring.used + 4 + 8 * 8;
+    assert_eq!(r.word(avail_event), r.ring.avail_idx(), "the next request brings a kick");
+    let head = r.ring.chain(&[(DATA, 1, true)]).unwrap();
+    r.ring.offer(head);
+    assert!(r.queue.prepare_sleep(), "and one that is there already is not slept over");
+    r.queue.push(chain, 0);
+    let chain = r.queue.pop().expect("the next request");
+    r.queue.push(chain, 0);
+}
+
 #[test]
 fn several_answers_appear_at_once() {
     let mut r = rig(16, false);
