@@ -8,7 +8,7 @@ mod support;
 
 use minivmm::block::driver::{Driver, Flags, Snapshot};
 use minivmm::block::node::{Node, NodeOptions};
-use minivmm::qcow2::create::CreateOptions;
+use minivmm::qcow2::create::{CreateOptions, Preallocation};
 use minivmm::qcow2::mutant::Mutant;
 use minivmm::qcow2::open::Options;
 use std::sync::Arc;
@@ -467,6 +467,10 @@ fn our_images_are_qemus() {
         CreateOptions { cluster_size: 512, size: 4 << 30, refcount_bits: 64, ..base.clone() },
         CreateOptions { cluster_size: 2 << 20, refcount_bits: 1, ..base.clone() },
         CreateOptions { extended_l2: true, lazy_refcounts: true, ..base.clone() },
+        CreateOptions { preallocation: Preallocation::Metadata, ..base.clone() },
+        CreateOptions { preallocation: Preallocation::Falloc, cluster_size: 512, ..base.clone() },
+        CreateOptions { preallocation: Preallocation::Full, version: 2, ..base.clone() },
+        CreateOptions { preallocation: Preallocation::Metadata, extended_l2: true, ..base.clone() },
         CreateOptions { compression: Compression::Zstd, size: 64 << 40, ..base.clone() },
     ];
     for o in list {
@@ -475,6 +479,16 @@ fn our_images_are_qemus() {
         let path = dir.save("image.qcow2", &disk);
         let name = path.to_str().unwrap();
         qemu_check(&path, false);
+        if o.preallocation != Preallocation::Off && !o.extended_l2 {
+            let image = open_image(&disk, None, Options::default()).unwrap();
+            let all = image.status(0, o.size).unwrap();
+            assert_eq!(all.kind, minivmm::block::driver::ExtentKind::Data, "{o:?}");
+            assert!(read(&image, 0, o.size as usize).unwrap().iter().all(|b| *b == 0));
+            let len = disk.copy().len();
+            write(&image, 12345, &[1; 100_000]).unwrap();
+            image.close().unwrap();
+            assert_eq!(disk.copy().len(), len, "a write allocated something");
+        }
         if o.size > 0 {
             qemu("qemu-io", &["-f", "qcow2", "-c", "write -P 5 4k 100k", name]);
             let image = open_image(&Disk::new(std::fs::read(&path).unwrap()), None, Options::default());

@@ -6,7 +6,7 @@ mod support;
 
 use minivmm::block::driver::{Driver, ExtentKind, Flags, Snapshot};
 use minivmm::block::node::{Edge, Node, NodeOptions};
-use minivmm::qcow2::create::CreateOptions;
+use minivmm::qcow2::create::{self, CreateOptions};
 use minivmm::qcow2::open::{self, Options};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -225,6 +225,36 @@ fn guest_data_in_an_external_file() {
     }
 }
 
+/// The same, made by us.
+#[test]
+fn our_external_files_are_qemus() {
+    if !have_qemu() {
+        return;
+    }
+    for raw in [false, true] {
+        let dir = Dir::new("external");
+        let (image, outside) = (Disk::new(Vec::new()), Disk::new(Vec::new()));
+        let options = CreateOptions {
+            size: 2 << 20,
+            data_file: Some(dir.path("data").to_str().unwrap().into()),
+            data_file_raw: raw,
+            ..base()
+        };
+        let error = create::create(&node(&image), None, &options).unwrap_err();
+        assert!(error.to_string().contains("data file"), "{error}");
+        create::create(&node(&image), Some(&node(&outside)), &options).unwrap();
+        let path = dir.save("image.qcow2", &image);
+        let data = dir.save("data", &outside);
+        let name = path.to_str().unwrap();
+        qemu_check(&path, false);
+        qemu("qemu-io", &["-c", "write -P 5 64k 100k", name]);
+        let file = std::fs::read(data).unwrap();
+        assert_eq!(file.len(), 2 << 20);
+        assert!(file[64 << 10..164 << 10].iter().all(|b| *b == 5));
+        qemu_check(&path, false);
+    }
+}
+
 #[test]
 fn a_disk_grows_very_large_and_shrinks_again() {
     let disk = fresh(&base());
@@ -327,4 +357,68 @@ fn flushes_of_several_threads_are_shared() {
     });
     assert_eq!(*done.lock().unwrap(), 16);
     assert!(n < 16, "{n} syncs for 16 flushes");
+}
+
+/// Through the front door: a chain of files, named as images name them.
+#[test]
+fn chains_open_by_their_recorded_names() {
+    use minivmm::block::graph::Graph;
+    use minivmm::control::formats::{BlockdevOptions, Formats, plan};
+    use minivmm::qapi::{Path, Wire};
+    use serde_json::json;
+    if !have_qemu() {
+        return;
+    }
+    let dir = Dir::new("chain");
+    let path = |name: &str| dir.path(name).to_str().unwrap().to_string();
+    let mut model: Vec<u8> = (0..(1u32 << 20) + 512).map(|i| (i >> 8) as u8 | 1).collect();
+    std::fs::write(path("base.raw"), &model).unwrap();
+    let create = |name: &str, backing: &str, format: &str, size: &str| {
+        let name = path(name);
+        qemu("qemu-img", &["create", "-f", "qcow2", "-u", "-b", backing, "-F", format, &name, size]);
+    };
+    create("mid.qcow2", "base.raw", "raw", "2M");
+    create("top.qcow2", "mid.qcow2", "qcow2", "3M");
+    qemu("qemu-io", &["-c", "write -P 66 100k 10k", &path("mid.qcow2")]);
+    model.resize(3 << 20, 0);
+    model[100 << 10..110 << 10].fill(66);
+    let mut fds = minivmm::sys::fdset::FdSets::new();
+    let open = |graph: &mut Graph, fds: &mut minivmm::sys::fdset::FdSets, read_only: bool| {
+        let options = json!({"driver": "qcow2", "node-name": "top", "read-only": read_only,
+            "file": {"driver": "file", "filename": path("top.qcow2")}});
+        let options = BlockdevOptions::take(options, &Path::Root).unwrap();
+        minivmm::block::open::add(graph, &Formats::new(fds), plan(options).unwrap())
+    };
+    let mut graph = Graph::new();
+    let node = open(&mut graph, &mut fds, false).unwrap();
+    let whole = |node: &Node| {
+        let mut buf = vec![0xaa; 3 << 20];
+        node.read(0, &mut minivmm::sys::iov::IovMut::from_slice(&mut buf)).unwrap();
+        buf
+    };
+    assert!(whole(&node) == model);
+    let put = |off: u64, data: &[u8]| {
+        node.write(off, &minivmm::sys::iov::Iov::from_slice(data), Flags::NONE).unwrap();
+    };
+    put(104 << 10, &[77; 3000]);
+    model[104 << 10..(104 << 10) + 3000].fill(77);
+    node.zero(1 << 20, 70_000, Flags::MAY_UNMAP).unwrap();
+    model[1 << 20..(1 << 20) + 70_000].fill(0);
+    assert!(whole(&node) == model);
+    let (code, text) = tool("qemu-io", &["-c", "write 0 512", &path("top.qcow2")]);
+    assert!(code != 0 && text.contains("lock"), "it is locked: {text}");
+    node.flush().unwrap();
+    drop(node);
+    drop(graph);
+    let top = dir.path("top.qcow2");
+    qemu_check(&top, true);
+    assert!(qemu_read(&dir, &top) == model);
+    let before = std::fs::read(&top).unwrap();
+    let mut graph = Graph::new();
+    let node = open(&mut graph, &mut fds, true).unwrap();
+    assert!(whole(&node) == model);
+    assert!(node.write(0, &minivmm::sys::iov::Iov::from_slice(&[1]), Flags::NONE).is_err());
+    drop(graph);
+    drop(node);
+    assert!(std::fs::read(&top).unwrap() == before);
 }

@@ -67,7 +67,7 @@ fn speed() {
     };
     let file = add(json!({"driver": "file", "filename": raw, "node-name": "r"}));
     let under = add(json!({"driver": "file", "filename": image, "node-name": "q"}));
-    let blank = || create(&under, &CreateOptions { size: SIZE, ..CreateOptions::default() }).unwrap();
+    let blank = || create(&under, None, &CreateOptions { size: SIZE, ..CreateOptions::default() }).unwrap();
     blank();
     file.resize(SIZE).unwrap();
     let qcow2 = add(json!({"driver": "qcow2", "file": "q", "node-name": "img"}));
@@ -91,7 +91,7 @@ fn speed() {
     std::fs::File::create(&image2).unwrap();
     let file2 = add(json!({"driver": "file", "filename": raw2, "node-name": "r2"}));
     let under2 = add(json!({"driver": "file", "filename": image2, "node-name": "q2"}));
-    create(&under2, &CreateOptions { size: SIZE, ..CreateOptions::default() }).unwrap();
+    create(&under2, None, &CreateOptions { size: SIZE, ..CreateOptions::default() }).unwrap();
     file2.resize(SIZE).unwrap();
     let second = add(json!({"driver": "qcow2", "file": "q2", "node-name": "img2"}));
     for (name, node) in [("raw", &file2), ("qcow2", &second)] {

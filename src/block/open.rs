@@ -279,11 +279,10 @@ impl Opening<'_> {
         Ok(edge)
     }
 
-    /// The file that the image in `file` names besides its backing file (an external data file),
-    /// by the rules for such names.
-    pub fn named(&self, file: &Edge, name: &str) -> Result<Child> {
-        let own = file.node().map(|n| n.driver.filename()).unwrap_or_default();
-        Ok(Child::New(Box::new(from_file_name(self.env, &combine(&own, name))?)))
+    /// An external data file, by the name that an image records. Unlike a backing file's, a
+    /// relative name is not relative to the image, but to the process's directory, as in QEMU.
+    pub fn named(&self, name: &str) -> Result<Child> {
+        Ok(Child::New(Box::new(from_file_name(self.env, name)?)))
     }
 
     /// The backing file of a format: as `backing` says, else the one that the image in `file`

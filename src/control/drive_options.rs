@@ -211,7 +211,7 @@ impl Vm {
         let name = format!("/proc/self/fd/{}", file.as_raw_fd());
         let below = json!({ "driver": "file", "filename": name, "node-name": "temporary" });
         let node = open(&mut graph, below.as_object().unwrap_or(&Map::new()))?;
-        let made = create(&node, &CreateOptions { size, ..CreateOptions::default() });
+        let made = create(&node, None, &CreateOptions { size, ..CreateOptions::default() });
         drop(node);
         graph.close_all();
         made.map_err(|e| Error::new(format!("Could not create a temporary image: {}", strerror(&e))))?;

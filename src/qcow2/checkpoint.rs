@@ -142,6 +142,10 @@ impl Qcow2 {
     /// # Errors
     /// The first I/O error; nothing is lost by it, a later call tries again.
     pub(super) fn checkpoint(&self, durable: bool) -> io::Result<()> {
+        self.judge(self.checkpoint_once(durable))
+    }
+
+    fn checkpoint_once(&self, durable: bool) -> io::Result<()> {
         let arrived = self.started.load(Ordering::SeqCst);
         let _one = self.flush.lock().unwrap_or_else(PoisonError::into_inner);
         if durable && self.finished.load(Ordering::SeqCst) > arrived {

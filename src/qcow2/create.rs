@@ -5,9 +5,13 @@
 
 use super::header::{self, Compression, Crypt, Header, MAX_L1_BYTES, MAX_NAME};
 use super::meta::write_all;
+use super::open;
+pub use super::prealloc::Preallocation;
 use super::types::refcount_set;
-use crate::block::node::Node;
+use crate::block::driver::Driver;
+use crate::block::node::{Edge, Node};
 use std::io;
+use std::sync::Arc;
 
 /// `BlockdevCreateOptionsQcow2`, with QEMU's defaults ([`Default`]).
 #[derive(Clone, Debug)]
@@ -34,6 +38,8 @@ pub struct CreateOptions {
     pub data_file: Option<String>,
     /// `data-file-raw`.
     pub data_file_raw: bool,
+    /// `preallocation`.
+    pub preallocation: Preallocation,
 }
 
 impl Default for CreateOptions {
@@ -50,6 +56,7 @@ impl Default for CreateOptions {
             compression: Compression::Zlib,
             data_file: None,
             data_file_raw: false,
+            preallocation: Preallocation::Off,
         }
     }
 }
@@ -105,6 +112,11 @@ fn plan(o: &CreateOptions) -> io::Result<Header> {
                 "External data files are only supported with compatibility level 1.1 and above (use version=v3 or greater)",
             ));
         }
+    }
+    if o.preallocation != Preallocation::Off && o.backing_file.is_some() && !o.extended_l2 {
+        return Err(invalid(
+            "Backing file and preallocation can only be used at the same time if extended_l2 is enabled",
+        ));
     }
     if o.data_file_raw && o.data_file.is_none() {
         return Err(invalid("data-file-raw requires data-file"));
@@ -166,12 +178,40 @@ fn plan(o: &CreateOptions) -> io::Result<Header> {
     Ok(h)
 }
 
-/// Writes a new image into `file`, which is made empty first. Nothing is synced before the end;
-/// the header comes last, so that a torn creation is no image.
+/// Writes a new image into `file`, which is made empty first. `data_file` is the external data
+/// file, if the options name one; it gets the disk's length. The header comes last, so that a
+/// torn creation is no image.
 ///
 /// # Errors
 /// QEMU's text for options that cannot be; I/O errors.
-pub fn create(file: &Node, options: &CreateOptions) -> io::Result<()> {
+pub fn create(file: &Arc<Node>, data_file: Option<&Arc<Node>>, options: &CreateOptions) -> io::Result<()> {
+    if options.data_file.is_some() != data_file.is_some() {
+        return Err(invalid("An external data file must be both named and opened"));
+    }
+    write_layout(file, options)?;
+    if let Some(data) = data_file {
+        data.resize(options.size)?;
+    }
+    // A raw data file is good by itself only if no table says otherwise.
+    let how = match options.preallocation {
+        Preallocation::Off if options.data_file_raw => Preallocation::Metadata,
+        how => how,
+    };
+    if how != Preallocation::Off {
+        let edge = |role: &str, node: &Arc<Node>| Edge::new(role, Some(node.clone()));
+        let image = open::open(
+            edge("file", file),
+            Edge::new("backing", None),
+            data_file.map(|node| edge("data-file", node)),
+            open::Options::default(),
+        )?;
+        image.preallocate(how)?;
+        image.close()?;
+    }
+    Ok(())
+}
+
+fn write_layout(file: &Node, options: &CreateOptions) -> io::Result<()> {
     let mut h = plan(options)?;
     let geo = h.geometry();
     let size = geo.cluster_size();

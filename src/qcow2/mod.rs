@@ -16,6 +16,7 @@
 //! | `open.rs` | opening: limits, features, first checks |
 //! | `plan.rs` | options of `blockdev-add`; opens the children |
 //! | `create.rs` | new images |
+//! | `prealloc.rs` | preallocation of a new image |
 //! | `resize.rs` | growing and shrinking |
 //! | `snapshot.rs` | internal snapshots |
 //! | `check.rs` | walking all metadata: repair at open, and the tests' checker |
@@ -41,6 +42,7 @@ mod meta;
 pub mod mutant;
 pub mod open;
 pub mod plan;
+mod prealloc;
 mod resize;
 mod snapshot;
 mod types;

@@ -44,7 +44,7 @@ impl Open for Qcow2Plan {
         let header = open::read_header(&node).map_err(says)?;
         let data_file = match (header.needs_data_file(), self.data_file, &header.data_file) {
             (true, Some(child), _) => Some(child),
-            (true, None, Some(name)) => Some(cx.named(&file, name)?),
+            (true, None, Some(name)) => Some(cx.named(name)?),
             (true, None, None) => None,
             (false, child, _) => child,
         };

@@ -172,7 +172,7 @@ pub fn edge(role: &str, node: Arc<Node>) -> Arc<Edge> {
 /// A new image with these options.
 pub fn fresh(options: &create::CreateOptions) -> Arc<Disk> {
     let disk = Disk::new(Vec::new());
-    create::create(&node(&disk), options).expect("create");
+    create::create(&node(&disk), None, options).expect("create");
     disk
 }
 
