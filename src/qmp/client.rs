@@ -48,6 +48,9 @@ pub struct Client {
     pretty: bool,
     /// No more bytes come.
     ended: bool,
+    /// It takes no more bytes; what it has sent is still run, as a client expects that sends its
+    /// requests and goes.
+    deaf: bool,
     /// It is of no more use.
     gone: bool,
     tokens: [Option<Token>; 2],
@@ -66,6 +69,7 @@ impl Client {
             sent: 0,
             pretty,
             ended: false,
+            deaf: false,
             gone: false,
             tokens: [None; 2],
         }
@@ -116,7 +120,7 @@ impl Client {
             self.receive(scratch);
         } else if input & trouble != 0 {
             // It has closed both directions: nobody will read what is not sent yet.
-            self.gone = true;
+            self.give_up_output();
         }
     }
 
@@ -171,7 +175,7 @@ impl Client {
 
     /// Queues a message for sending.
     pub fn push(&mut self, message: &Value) {
-        if self.gone {
+        if self.gone || self.deaf {
             return;
         }
         if self.unsent() > TOO_MUCH {
@@ -180,6 +184,12 @@ impl Client {
             return;
         }
         wire::write_line(message, self.pretty, &mut self.output);
+    }
+
+    fn give_up_output(&mut self) {
+        self.deaf = true;
+        self.output = Vec::new();
+        self.sent = 0;
     }
 
     /// Sends what can be sent without waiting.
@@ -195,8 +205,8 @@ impl Client {
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => {
-                    log::debug!("QMP: a client is gone: {e}");
-                    self.gone = true;
+                    log::debug!("QMP: a client does not listen any more: {e}");
+                    self.give_up_output();
                 }
             }
         }

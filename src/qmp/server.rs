@@ -20,7 +20,7 @@ use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -280,11 +280,12 @@ fn remove_stale(path: &Path) -> io::Result<()> {
         }
         Ok(_) => {}
     }
-    match UnixStream::connect(path) {
+    match unix::connect(path) {
         Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
-        Ok(_) => Err(io::Error::new(io::ErrorKind::AddrInUse, "another process listens on it")),
-        Err(e) => Err(e),
+        // WouldBlock: so many clients wait there that it takes no more.
+        Err(e) if e.kind() != io::ErrorKind::WouldBlock => Err(e),
+        _ => Err(io::Error::new(io::ErrorKind::AddrInUse, "someone listens on it already")),
     }
 }
 

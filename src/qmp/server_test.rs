@@ -5,6 +5,7 @@ use crate::qmp::client::HIGH_WATER;
 use serde_json::{Value, json};
 use std::io::{Read, Write};
 use std::os::fd::BorrowedFd;
+use std::os::unix::net::UnixStream;
 
 /// A server with a VM, driven by hand.
 struct Rig {
@@ -348,6 +349,32 @@ fn what_is_sent_before_the_end_is_answered() {
 }
 
 #[test]
+fn what_is_sent_by_a_client_that_goes_at_once_is_run() {
+    let mut rig = Rig::new();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let peer = Peer::new(ours);
+    let pipe = Pipe::new();
+    (&peer.stream).write_all(br#"{"execute": "qmp_capabilities"}"#).unwrap();
+    // More than one turn runs, and the last one comes with a descriptor.
+    let many = br#"{"execute": "query-name"}"#.repeat(2 * TURN);
+    (&peer.stream).write_all(&many).unwrap();
+    let last = br#"{"execute": "getfd", "arguments": {"fdname": "a"}}"#;
+    assert_eq!(unix::send_fds(peer.stream.as_fd(), last, &[pipe.fd()]).unwrap(), last.len());
+    (&peer.stream).write_all(br#"{"execute": "quit"}"#).unwrap();
+    drop(peer);
+    rig.server.adopt(theirs.into(), false).unwrap();
+    rig.run();
+    assert_eq!(rig.vm.exit(), Some(0), "the quit was lost");
+    // A client that is gone with nothing left to run leaves its place.
+    let mut rig = Rig::new();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    drop(ours);
+    rig.server.adopt(theirs.into(), false).unwrap();
+    rig.run();
+    assert!(rig.server.monitors[0].client.is_none());
+}
+
+#[test]
 fn after_quit_nothing_is_run() {
     let mut rig = Rig::new();
     let mut peer = rig.negotiated();
@@ -373,9 +400,16 @@ fn a_socket_file_comes_and_goes_with_its_listener() {
     drop(UnixListener::bind(&path).unwrap());
     server.listen(&path, false).unwrap();
     UnixStream::connect(&path).unwrap();
-    // One in use is not.
+    // One in use is not; also when so many wait there that one more would have to wait.
     let mut other = Server::new();
     assert_eq!(other.listen(&path, false).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+    let mut crowd = Vec::new();
+    while let Ok(fd) = unix::connect(&path) {
+        crowd.push(fd);
+        assert!(crowd.len() < 100_000, "the queue has no end");
+    }
+    assert_eq!(other.listen(&path, false).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+    drop(crowd);
     drop(server);
     assert!(!path.exists());
     // Nor is a successor's file removed.

@@ -7,6 +7,8 @@
 use std::io;
 use std::mem;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
 /// The most descriptors of one message that are taken; the kernel closes the others.
 pub const MAX_FDS: usize = 16;
@@ -167,6 +169,34 @@ pub fn accept(fd: BorrowedFd) -> io::Result<OwnedFd> {
         match libc::accept4(fd.as_raw_fd(), std::ptr::null_mut(), std::ptr::null_mut(), libc::SOCK_CLOEXEC) {
             -1 => Err(io::Error::last_os_error()),
             fd => Ok(OwnedFd::from_raw_fd(fd)),
+        }
+    }
+}
+
+/// Connects to the socket at `path` without waiting. `WouldBlock`: its queue is full.
+pub fn connect(path: &Path) -> io::Result<OwnedFd> {
+    let bytes = path.as_os_str().as_bytes();
+    // SAFETY: plain data, for which zeroes are valid; sun_path stays zero-terminated below.
+    let mut address: libc::sockaddr_un = unsafe { mem::zeroed() };
+    if bytes.len() >= address.sun_path.len() || bytes.contains(&0) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    address.sun_family = libc::AF_UNIX as libc::sa_family_t;
+    for (to, &byte) in address.sun_path.iter_mut().zip(bytes) {
+        *to = byte as libc::c_char;
+    }
+    let flags = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    // SAFETY: the new descriptor is owned by nothing else; the address is a local of the given size.
+    unsafe {
+        let fd = libc::socket(libc::AF_UNIX, flags, 0);
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let fd = OwnedFd::from_raw_fd(fd);
+        let len = mem::size_of_val(&address) as libc::socklen_t;
+        match libc::connect(fd.as_raw_fd(), (&raw const address).cast(), len) {
+            0 => Ok(fd),
+            _ => Err(io::Error::last_os_error()),
         }
     }
 }
