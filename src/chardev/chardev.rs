@@ -90,6 +90,8 @@ struct Queues {
     running: bool,
     /// No backend any more: output vanishes.
     closed: bool,
+    /// It has been said that output is lost.
+    told: bool,
     /// Quit once all output is written.
     closing: bool,
     /// The thread is in poll(2), or on the way to it, and must be woken for output.
@@ -183,7 +185,7 @@ impl Chardev {
         match &mut queues.immediate {
             Some(output) if idle => match output.write(data) {
                 Ok(n) => n,
-                Err(e) => lost(&self.label, &e).map_or(0, |()| data.len()),
+                Err(e) => lost(&self.label, &e, &mut queues.told).map_or(0, |()| data.len()),
             },
             _ => 0,
         }
@@ -244,6 +246,7 @@ impl Chardev {
             writing: Vec::new(),
             written: 0,
             blocked: false,
+            told: false,
             set: PollSet::default(),
         };
         match thread::spawn("chardev", SMALL_STACK, move || pump.run()) {
@@ -265,14 +268,16 @@ impl Drop for Chardev {
     }
 }
 
-/// Is output lost to this error of a write? Says so. Nobody reads any more, or the disk is full: the
+/// Is output lost to this error of a write? Says so, once: the guest must not fill the log. Nobody reads any more, or the disk is full: the
 /// guest cannot help it.
-fn lost(label: &str, e: &io::Error) -> Option<()> {
+fn lost(label: &str, e: &io::Error, told: &mut bool) -> Option<()> {
     match e.kind() {
         io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => None,
         io::ErrorKind::BrokenPipe => Some(()),
         _ => {
-            log::warn!("chardev '{label}': {e}; output is lost");
+            if !std::mem::replace(told, true) {
+                log::warn!("chardev '{label}': {e}; output is lost");
+            }
             Some(())
         }
     }
@@ -288,6 +293,8 @@ struct Pump {
     written: usize,
     /// The backend would block.
     blocked: bool,
+    /// It has been said that output is lost.
+    told: bool,
     set: PollSet,
 }
 
@@ -375,7 +382,7 @@ impl Pump {
                 false
             }
             Err(e) => {
-                if lost(&self.label, &e).is_some() {
+                if lost(&self.label, &e, &mut self.told).is_some() {
                     self.written = self.writing.len();
                 }
                 false

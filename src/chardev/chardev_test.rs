@@ -246,3 +246,11 @@ fn a_pipe_that_is_read_needs_no_thread_and_a_full_one_loses_nothing() {
     chardev.close();
     assert_eq!(chardev.write(b"closed"), 6);
 }
+
+#[test]
+fn that_output_is_lost_is_said_once() {
+    let full = io::Error::from_raw_os_error(libc::ENOSPC);
+    let mut told = false;
+    assert!(lost("test", &full, &mut told).is_some() && told);
+    assert!(lost("test", &io::ErrorKind::WouldBlock.into(), &mut told).is_none());
+}
