@@ -20,6 +20,8 @@ pub struct Config {
     pub sources: Sources,
     /// `[machine]`
     pub settings: Settings,
+    /// Where its `memory` stands.
+    pub memory_at: Option<Place>,
     /// `[boot]`
     pub boot: Option<Boot>,
     /// `[[qmp]]`
@@ -52,7 +54,7 @@ pub struct Qmp {
     pub end: QmpEnd,
     /// Replies over several lines.
     pub pretty: bool,
-    /// Where the table stands.
+    /// Where its end is named.
     pub at: Place,
 }
 
@@ -131,22 +133,52 @@ impl Table {
     /// value it quotes.
     pub fn fault(&self, error: &str) -> Fault {
         let header = self.kind.header();
-        let (name, text) = named(error);
+        let (name, mut text) = named(error);
         // A device's properties are named with its model: 'virtio-blk-pci.drive'.
         let driver = self.arguments.get("driver").and_then(Value::as_str).unwrap_or("");
         let strip = |n| str::strip_prefix(n, driver).and_then(|n| n.strip_prefix('.')).unwrap_or(n);
         let mut at = name.map_or(&self.item.at, |name| self.item.place_of(strip(name)));
+        if self.kind == Kind::Drive && name == Some("driver") && !self.arguments.contains_key("driver") {
+            // It was written as 'format'.
+            at = self.item.place_of("format");
+            text = text.replacen("'driver'", "'format'", 1);
+        }
         if *at == self.item.at {
             let mut best = 0;
             quoted(&self.item, error, &mut best, &mut at);
+        }
+        // What is wrong inside an image: its name says which.
+        if *at == self.item.at
+            && !error.contains('\'')
+            && let Some((place, file)) = self.image()
+        {
+            at = place;
+            text = format!("'{file}': {text}");
         }
         Fault::new(at, format!("{header} {text}"))
     }
 }
 
+impl Table {
+    /// The image's name, and where it stands.
+    fn image(&self) -> Option<(&Place, &str)> {
+        let mut item = &self.item;
+        // Deeper nesting than that has a name of its own in the message, or none.
+        for _ in 0..4 {
+            let Node::Table(members) = &item.node else { return None };
+            let m = members.iter().find(|m| m.key == "file" || m.key == "filename")?;
+            match &m.item.node {
+                Node::Str(s) => return Some((&m.at, s)),
+                _ => item = &m.item,
+            }
+        }
+        None
+    }
+}
+
 /// The argument that an error of QMP's kind is about, and the error in our words.
 fn named(error: &str) -> (Option<&str>, String) {
-    for prefix in ["Parameter '", "Property '", "Invalid parameter '"] {
+    for prefix in ["Parameter '", "Property '", "Invalid parameter '", "'"] {
         if let Some((name, rest)) = error.strip_prefix(prefix).and_then(|r| r.split_once('\'')) {
             return (Some(name), format!("'{name}'{rest}"));
         }
@@ -199,8 +231,8 @@ impl Config {
         };
         match read() {
             Ok(p) => {
-                let Parts { settings, boot, qmp, serial, tables } = p;
-                Ok(Config { sources, settings, boot, qmp, serial, tables })
+                let Parts { settings, memory_at, boot, qmp, serial, tables } = p;
+                Ok(Config { sources, settings, memory_at, boot, qmp, serial, tables })
             }
             Err(fault) => Err(sources.message(&fault)),
         }
@@ -211,6 +243,7 @@ impl Config {
 #[derive(Debug, Default)]
 pub(crate) struct Parts {
     pub settings: Settings,
+    pub memory_at: Option<Place>,
     pub boot: Option<Boot>,
     pub qmp: Vec<Qmp>,
     pub serial: Vec<Serial>,
@@ -240,6 +273,15 @@ fn read_text(file: &Path) -> Result<String, String> {
 pub(crate) fn names(top: &Top) -> Vec<(&'static str, String, Place)> {
     let mut all = Vec::new();
     collect(&top.item, "node-name", "node-name", &mut all);
+    if top.key == "qmp"
+        && let Node::Table(members) = &top.item.node
+    {
+        for m in members.iter().filter(|m| m.key == "socket") {
+            if let Node::Str(s) = &m.item.node {
+                all.push(("socket", s.clone(), m.item.at.clone()));
+            }
+        }
+    }
     let space = match top.key.as_str() {
         "drive" => "drive id",
         "device" => "device id",

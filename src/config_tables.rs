@@ -46,7 +46,10 @@ pub(crate) fn read(tops: Vec<Top>, dir: &Path, sources: &Sources) -> Result<Part
     }
     for t in tops {
         match t.key.as_str() {
-            "machine" => parts.settings = machine(Reader::new("[machine]", &t.item, dir))?,
+            "machine" => {
+                parts.settings = machine(Reader::new("[machine]", &t.item, dir))?;
+                parts.memory_at = Some(t.item.place_of("memory").clone());
+            }
             "boot" => parts.boot = Some(boot(Reader::new("[boot]", &t.item, dir))?),
             "qmp" => parts.qmp.push(qmp(Reader::new("[[qmp]]", &t.item, dir))?),
             "serial" => parts.serial.push(serial(Reader::new("[[serial]]", &t.item, dir))?),
@@ -208,7 +211,13 @@ fn qmp(mut r: Reader) -> Result<Qmp, Fault> {
     }
     let pretty = r.boolean("pretty")?.unwrap_or(false);
     r.finish()?;
-    Ok(Qmp { end, pretty, at: r.item.at.clone() })
+    let key = match end {
+        QmpEnd::Socket(_) => "socket",
+        QmpEnd::Fd(_) => "fd",
+        QmpEnd::Stdio => "stdio",
+        QmpEnd::Tcp(_) => "tcp",
+    };
+    Ok(Qmp { end, pretty, at: r.place(key).clone() })
 }
 
 fn serial(mut r: Reader) -> Result<Serial, Fault> {

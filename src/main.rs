@@ -31,6 +31,9 @@ fn status() -> u8 {
         Ok(Ok(status)) => status,
         Ok(Err(text)) => {
             for line in text.lines() {
+                // Control characters (a name in the configuration or an image may have them) must
+                // not reach the terminal.
+                let line = line.replace(|c: char| c.is_control(), "?");
                 // Where standard error is gone there is no one to tell.
                 let _ = writeln!(std::io::stderr(), "minivmm: {line}");
             }

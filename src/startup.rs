@@ -6,7 +6,7 @@
 //! running VM does. Threads: main. Locks: none.
 
 use crate::chardev::{chardev::Chardev, console, file};
-use crate::config::{Boot, Config, Kind, QmpEnd, Serial, SerialEnd, Table};
+use crate::config::{Boot, Config, Kind, Qmp, QmpEnd, Serial, SerialEnd, Table};
 use crate::config_tree::Fault;
 use crate::control::board::Board;
 use crate::control::event_loop::{self, Source, TERMINATION};
@@ -25,8 +25,12 @@ use crate::wire_struct;
 use serde_json::Value;
 use std::io;
 use std::os::fd::RawFd;
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path as FilePath;
 use std::sync::Arc;
+
+/// Bytes of a Unix socket's path (`sun_path` with its zero byte has 108).
+const SOCKET_PATH_MAX: usize = 107;
 
 /// Looks at everything that `config` names, without changing anything. /dev/kvm is not needed.
 pub fn check(config: &Config) -> Result<(), String> {
@@ -71,7 +75,10 @@ fn build(config: &Config, check: bool) -> Result<Built, Fault> {
     let settings = &config.settings;
     let accel = if check { Accel::None } else { settings.accel };
     let wanted = MachineConfig { memory: settings.memory, topology: settings.topology, accel };
-    let mut machine = Machine::new(&wanted, vm.events.clone()).map_err(plain)?;
+    let mut machine = Machine::new(&wanted, vm.events.clone()).map_err(|e| match &config.memory_at {
+        Some(at) if e.desc.starts_with("memory of ") => Fault::new(at, format!("[machine] 'memory': {e}")),
+        _ => plain(e),
+    })?;
     log::debug!("the machine is there");
     let board = Board::new(&mut machine).map_err(plain)?;
     (vm.machine, vm.board) = (Some(machine), Some(board));
@@ -86,6 +93,9 @@ fn build(config: &Config, check: bool) -> Result<Built, Fault> {
         }
         for serial in &config.serial {
             writable(serial)?;
+        }
+        for qmp in &config.qmp {
+            makable(qmp)?;
         }
         if let Some(boot) = &config.boot {
             load(machine, boot)?;
@@ -114,7 +124,13 @@ fn claim(config: &Config) -> Result<Inherited, Fault> {
         }
     }
     Inherited::claim(named.iter().map(|n| n.0)).map_err(|(fd, e)| {
-        let text = format!("'fd' {fd} was not passed to this process: {}", strerror(&e));
+        let text = match fd {
+            ..0 => format!("'fd' must be the number of an open descriptor, not {fd}"),
+            0..=2 => format!(
+                "'fd' {fd} is standard input, output or error; pass another, from 3 (a shell: 3<>FILE)"
+            ),
+            _ => format!("'fd' {fd} was not passed to this process: {}", strerror(&e)),
+        };
         match named.iter().find(|n| n.0 == fd) {
             Some((_, at, header)) => Fault::new(at, format!("{header} {text}")),
             None => Fault { at: None, text },
@@ -230,6 +246,22 @@ fn writable(serial: &Serial) -> Result<(), Fault> {
     }
 }
 
+/// Could the monitor's socket be made? As [`writable`].
+fn makable(qmp: &Qmp) -> Result<(), Fault> {
+    let QmpEnd::Socket(path) = &qmp.end else { return Ok(()) };
+    let fault = |e: &str| Fault::new(&qmp.at, format!("[[qmp]] 'socket' {}: {e}", path.display()));
+    let dir = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(FilePath::new("."));
+    match (std::fs::metadata(dir), std::fs::symlink_metadata(path)) {
+        (Err(e), _) => Err(fault(&strerror(&e))),
+        (Ok(m), _) if !m.is_dir() => Err(fault("Not a directory")),
+        (_, Ok(m)) if !m.file_type().is_socket() => Err(fault("it exists and is not a socket")),
+        _ if path.as_os_str().len() > SOCKET_PATH_MAX => {
+            Err(fault(&format!("the path is longer than {SOCKET_PATH_MAX} bytes")))
+        }
+        _ => Ok(()),
+    }
+}
+
 fn load(machine: &mut Machine, boot: &Boot) -> Result<(), Fault> {
     for (key, path, at) in
         [("kernel", Some(&boot.kernel), &boot.kernel_at), ("initrd", boot.initrd.as_ref(), &boot.initrd_at)]
@@ -245,7 +277,14 @@ fn load(machine: &mut Machine, boot: &Boot) -> Result<(), Fault> {
         initrd: boot.initrd.clone(),
         cmdline: boot.cmdline.clone(),
     };
-    machine.load(&files).map_err(|e| Fault::new(&boot.kernel_at, format!("[boot] {e}")))
+    machine.load(&files).map_err(|e| {
+        let initrd = boot.initrd.as_ref().map(|p| format!("{}: ", p.display()));
+        let at = match initrd {
+            Some(name) if e.desc.starts_with(&name) => &boot.initrd_at,
+            _ => &boot.kernel_at,
+        };
+        Fault::new(at, format!("[boot] {e}"))
+    })
 }
 
 fn start(vm: &mut Vm) -> Result<()> {

@@ -31,7 +31,8 @@ impl Dir {
         let mut all: Vec<_> = fs::read_dir(&self.0)
             .unwrap()
             .map(|e| e.unwrap().path())
-            .map(|p| (p.clone(), fs::read(&p).unwrap_or_default()))
+            // Not a FIFO: it would be waited for.
+            .map(|p| (p.clone(), if p.is_file() { fs::read(&p).unwrap_or_default() } else { Vec::new() }))
             .collect();
         all.sort();
         all
@@ -103,8 +104,8 @@ const BAD: &[(&str, &str)] = &[
     ("[boot]\nkernel = \"text\"\ninitrd = \"none\"\n", "c.toml:3:1: [boot] 'initrd' none: No such file"),
     ("[[qmp]]\n", "c.toml:1:1: [[qmp]] needs exactly one of 'socket', 'fd', 'stdio = true' or 'tcp'"),
     ("[[qmp]]\nsocket = \"s\"\nstdio = true\n", "c.toml:1:1: [[qmp]] needs exactly one of"),
-    ("[[qmp]]\nfd = 77\n", "c.toml:1:1: [[qmp]] 'fd' 77 was not passed to this process: Bad file descriptor"),
-    ("[[qmp]]\nfd = 1\n", "c.toml:1:1: [[qmp]] 'fd' 1 was not passed to this process: Bad file descriptor"),
+    ("[[qmp]]\nfd = 77\n", "c.toml:2:1: [[qmp]] 'fd' 77 was not passed to this process: Bad file descriptor"),
+    ("[[qmp]]\nfd = 1\n", "c.toml:2:1: [[qmp]] 'fd' 1 is standard input, output or error"),
     ("[[qmp]]\ntcp = \"localhost\"\n", "c.toml:2:1: [[qmp]] 'tcp' expects ADDRESS:PORT"),
     ("[[qmp]]\nstdio = true\n[[serial]]\nstdio = true\n", "c.toml:3:1: 'stdio' has one user"),
     ("[[serial]]\n", "c.toml:1:1: [[serial]] needs exactly one of"),
@@ -142,7 +143,7 @@ const BAD: &[(&str, &str)] = &[
     ),
     (
         "[[drive]]\nfile = \"json:{\"\nformat = \"raw\"\n",
-        "c.toml:1:1: [[drive]] Could not parse the JSON options",
+        "c.toml:2:1: [[drive]] 'json:{': Could not parse the JSON options",
     ),
     (
         "[[drive]]\nfile = 'json:{\"driver\": \"file\", \"filename\": \"no\"}'\nformat = \"raw\"\n",
@@ -177,6 +178,42 @@ const BAD: &[(&str, &str)] = &[
         "[[netdev]]\nid = \"n\"\ntype = \"tap\"\nifname = 1\n",
         "c.toml:4:1: [[netdev]] 'ifname' must be of type string",
     ),
+    (
+        "[machine]\naccel = \"none\"\nmemory = \"1T\"\n",
+        "c.toml:3:1: [machine] 'memory': memory of 1099511627776 bytes does not fit into",
+    ),
+    (
+        "[boot]\nkernel = \"text\"\n[[qmp]]\nsocket = \"/nowhere/x\"\n",
+        "c.toml:4:1: [[qmp]] 'socket' /nowhere/x: No such file or directory",
+    ),
+    (
+        "[[qmp]]\npretty = true\nsocket = \"text\"\n",
+        "c.toml:3:1: [[qmp]] 'socket' text: it exists and is not",
+    ),
+    (
+        "[[qmp]]\nsocket = \"x\"\n[[qmp]]\nsocket = \"x\"\n",
+        "c.toml:4:10: [[qmp]] 'socket': the socket 'x' is taken already, at c.toml:2:10",
+    ),
+    ("[[qmp]]\npretty = true\nfd = 99\n", "c.toml:3:1: [[qmp]] 'fd' 99 was not passed to this process: Bad"),
+    ("[[fdset]]\nset = 1\nfd = 0\n", "c.toml:3:1: [[fdset]] 'fd' 0 is standard input, output or error"),
+    ("[boot]\nkernel = \"fifo\"\n", "c.toml:2:1: [boot] fifo: not a regular file"),
+    ("[boot]\ninitrd = \"fifo\"\nkernel = \"text\"\n", "c.toml:2:1: [boot] fifo: not a regular file"),
+    (
+        "[[drive]]\nformat = \"qcow2\"\nfile = \"disk.raw\"\n",
+        "c.toml:3:1: [[drive]] 'disk.raw': Image is not in qcow2 format",
+    ),
+    (
+        "[[drive]]\nfile = \"disk.raw\"\nformat = \"vmdk\"\n",
+        "c.toml:3:1: [[drive]] 'format' does not accept value 'vmdk'",
+    ),
+    (
+        "[[drive]]\nformat = \"raw\"\nfile = \"\\u001b[31m\"\n",
+        "c.toml:3:1: [[drive]] Could not open '?[31m': No such file",
+    ),
+    (
+        "[[netdev]]\ntype = \"tap\"\nid = \"n\"\nifname = \"a/b\"\n",
+        "c.toml:4:1: [[netdev]] 'ifname' must be the name of an interface",
+    ),
 ];
 
 #[test]
@@ -184,6 +221,7 @@ fn a_bad_configuration_is_named_by_line_and_column_and_changes_nothing() {
     let dir = Dir::new("bad");
     dir.write("disk.raw", vec![7; 1 << 20]);
     dir.write("text", "this is no kernel\n");
+    assert!(Command::new("mkfifo").arg(dir.0.join("fifo")).status().unwrap().success());
     let mut wrong = Vec::new();
     for (text, want) in BAD {
         // Whatever would be made by the good tables around the bad one must not be made.
@@ -416,7 +454,10 @@ fn relative_paths_are_relative_to_the_file_and_overrides_win() {
     let out = minivmm(&dir.0, &["--set", "qmp.0.socket=\"eight.sock\"", "c.toml"], "");
     assert_eq!(out.status.code(), Some(1));
     let said = stderr(&out);
-    assert!(said.contains("minivmm: c.toml:32:1: [[drive]] Failed to get \"write\" lock\n"), "{said}");
+    assert!(
+        said.contains("minivmm: c.toml:35:1: [[drive]] 'other.raw': Failed to get \"write\" lock\n"),
+        "{said}"
+    );
     assert!(said.contains("Is another process using the image [other.raw]?"), "{said}");
     assert!(!dir.0.join("eight.sock").exists());
     drop(qmp);

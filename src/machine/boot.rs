@@ -13,7 +13,7 @@ use super::{acpi_pm, boot_elf, boot_linux};
 use crate::bail;
 use crate::error::{Error, Result, strerror};
 use std::fs::File;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -75,7 +75,11 @@ impl Source {
     /// Opens `path`.
     pub fn open(path: &Path) -> Result<Source> {
         let fail = |e: std::io::Error| Error::new(format!("{}: {}", path.display(), strerror(&e)));
-        let file = File::open(path).map_err(fail)?;
+        // Non-blocking for the sake of a FIFO, whose open would wait for a writer; it means nothing
+        // to a regular file.
+        let mut options = File::options();
+        let file =
+            options.read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path).map_err(fail)?;
         let meta = file.metadata().map_err(fail)?;
         if !meta.is_file() {
             bail!("{}: not a regular file", path.display());
