@@ -274,4 +274,6 @@ impl Machine {
 }
 
 #[cfg(test)]
+mod guest_smp_test;
+#[cfg(test)]
 mod guest_test;
