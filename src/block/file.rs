@@ -268,11 +268,12 @@ fn probe_direct(fd: RawFd, st: &libc::stat) -> Limits {
             ..Limits::default()
         };
     }
-    let page = AlignedBuf::new(65536, 65536);
+    let mut page = AlignedBuf::new(65536, 65536);
+    let base = page.as_mut_ptr();
     let accepts = |len: usize, shift: usize| {
-        let at = page[shift..].as_ptr().cast_mut().cast();
-        // SAFETY: shift + len is within the buffer, which only this call writes to.
-        unsafe { libc::pread(fd, at, len, 0) >= 0 }
+        // SAFETY: at most 4096 + 4096 bytes of the buffer, which lives longer than this and is
+        // reached by `base` alone.
+        unsafe { libc::pread(fd, base.add(shift).cast(), len, 0) >= 0 }
     };
     let sizes = [512usize, 1024, 2048, 4096];
     // An empty file accepts anything: be careful there.

@@ -195,7 +195,10 @@ impl Qcow2 {
             write_sectors(file, &w.reftable)?;
         }
         let mut synced = false;
-        if w.barrier && !self.has_bug(Mutant::NoBarrier) && (w.has_pointers() || !w.reftable.is_empty()) {
+        // A moved table needs the sync for itself, too: what set `barrier` when it got its place may
+        // have gone with an earlier checkpoint.
+        let barrier = w.barrier || w.l1_moved;
+        if barrier && !self.has_bug(Mutant::NoBarrier) && (w.has_pointers() || !w.reftable.is_empty()) {
             self.sync(file)?;
             synced = true;
         }

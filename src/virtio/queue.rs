@@ -413,14 +413,20 @@ impl Live {
         const LOST: &str = "used ring lost";
         let used_ring = self.split.used_ring();
         let mut used = Wrapping(self.split.next_used());
+        let mut lost = false;
+        // All of them, whatever happens: a chain that were dropped here would push itself, under
+        // the lock that is held now.
         for (head, len) in answers {
             // The ring was checked to lie in memory when it was enabled: no overflow.
             let at = used_ring + 4 + 8 * u64::from(used.0 % self.split.size());
             let mut element = [0; 8];
             element[..4].copy_from_slice(&u32::from(head).to_le_bytes());
             element[4..].copy_from_slice(&len.to_le_bytes());
-            self.map.write_slice(&element, GuestAddress(at)).map_err(|_| LOST)?;
+            lost |= self.map.write_slice(&element, GuestAddress(at)).is_err();
             used += 1;
+        }
+        if lost {
+            return Err(LOST);
         }
         self.split.set_next_used(used.0);
         let index = GuestAddress(used_ring + 2);
