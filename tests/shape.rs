@@ -122,7 +122,8 @@ fn files_are_short_and_say_what_they_are() {
 
 #[test]
 fn nothing_is_unfinished_or_asynchronous() {
-    let words = ["todo!", "unimplemented!", "async fn", ".await;", ".await?", "tokio", "futures::", "#[ignore"];
+    let words =
+        ["todo!", "unimplemented!", "async fn", ".await;", ".await?", "tokio", "futures::", "#[ignore"];
     let bad = files()
         .into_iter()
         .flat_map(|(name, text)| {
