@@ -141,18 +141,19 @@ pub struct Vm {
     pub fds: FdSets,
     /// The guest's disks, and those that wait for a device.
     pub drives: Drives,
-    /// The machine; none in a VM that is being made.
-    pub machine: Option<Machine>,
     /// What sits around the processors; there when the machine is.
     pub board: Option<Board>,
+    /// The guest devices.
+    pub devices: Devices,
+    /// The machine; none in a VM that is being made. Goes after the devices, which hold its
+    /// descriptors.
+    pub machine: Option<Machine>,
     /// The block graph: nodes, and the handles that use them.
     pub graph: Graph,
     /// How many drives of each interface there were: `virtio`, `none`.
     pub(super) drive_numbers: (u32, u32),
     /// Files without a name that drives with `snapshot` write to.
     pub(super) temporary: Vec<File>,
-    /// The guest devices.
-    pub devices: Devices,
     /// The network backends.
     pub netdevs: Netdevs,
     /// The default CPU of the human commands (`cpu`).

@@ -123,3 +123,23 @@ fn two_processors_that_ask_for_a_reset_get_one() {
     let names: Vec<_> = vm.outbox.iter().map(|e| e.name).collect();
     assert_eq!(names, ["RESUME", "RESET", "RTC_CHANGE"]);
 }
+
+/// What a process leaves open is closed by its end; of KVM's virtual machine that takes long.
+#[test]
+fn a_machine_that_goes_lets_go_of_the_virtual_machine() {
+    let mut vm = vm(Settings::default());
+    let config = crate::machine::MachineConfig {
+        memory: 16 << 20,
+        accel: crate::machine::Accel::None,
+        ..Default::default()
+    };
+    let mut machine = Machine::new(&config, vm.events.clone()).unwrap();
+    vm.board = Some(Board::new(&mut machine).unwrap());
+    // The interrupt controllers hold its descriptor, where there is KVM.
+    let held = Arc::downgrade(&machine.interrupts);
+    vm.machine = Some(machine);
+    let rng = json!({ "driver": "virtio-rng-pci" });
+    vm.add_device(rng.as_object().unwrap()).unwrap();
+    drop(vm);
+    assert_eq!(held.strong_count(), 0, "something holds the interrupt controllers");
+}

@@ -57,6 +57,13 @@ impl Bus {
         self.ranges.write().unwrap_or_else(PoisonError::into_inner).remove(&base).is_some()
     }
 
+    /// Lets go of all devices; returns when no access to one is in flight.
+    pub fn clear(&self) {
+        let ranges = std::mem::take(&mut *self.ranges.write().unwrap_or_else(PoisonError::into_inner));
+        // With the lock gone: a device may hold the bus itself.
+        drop(ranges);
+    }
+
     /// A guest's read. Where there is nothing, all bits are set.
     pub fn read(&self, addr: u64, data: &mut [u8]) {
         let ranges = self.ranges.read().unwrap_or_else(PoisonError::into_inner);

@@ -273,6 +273,18 @@ impl Machine {
     }
 }
 
+impl Drop for Machine {
+    /// The last references to the VM's descriptor are devices', which the buses hold, some of which
+    /// hold the buses. The VM must be closed before the process ends: a process that ends with it
+    /// open waits for two SRCU grace periods (of its memory's notifiers, and of the VM's), the
+    /// second too soon after the first to be expedited: 12 ms instead of 0.1 ms (Linux 6.18).
+    fn drop(&mut self) {
+        self.stop();
+        self.pio.clear();
+        self.mmio.clear();
+    }
+}
+
 #[cfg(test)]
 mod guest_smp_test;
 #[cfg(test)]
