@@ -163,9 +163,17 @@ impl Processors {
         state.failure.clone().map_or(Ok(()), Err)
     }
 
+    /// Asks all threads for something. Those that rest, all of them, need no kick: they look at the
+    /// target under the same lock before they run.
     fn set_target(&self, target: Target) {
-        lock(&self.shared.state).target = target;
+        let mut state = lock(&self.shared.state);
+        state.target = target;
+        let all_rest = state.resting == self.threads.len();
+        drop(state);
         self.shared.go.notify_all();
+        if target != Target::Run && !all_rest {
+            self.kick();
+        }
     }
 
     fn kick(&self) {
@@ -180,7 +188,6 @@ impl Processors {
     /// Stops the guest; returns when every thread rests.
     pub fn pause(&self) {
         self.set_target(Target::Pause);
-        self.kick();
         let mut state = lock(&self.shared.state);
         while state.resting < self.threads.len() {
             state = self.shared.rested.wait(state).unwrap_or_else(PoisonError::into_inner);
@@ -200,7 +207,6 @@ impl Processors {
     /// Ends the threads.
     pub fn stop(&mut self) {
         self.set_target(Target::Quit);
-        self.kick();
         for thread in self.threads.drain(..) {
             // A panic in it was reported when it happened.
             let _ = thread.join();
