@@ -24,6 +24,11 @@ pub fn begin() -> io::Result<()> {
             return Err(io::Error::last_os_error());
         }
     }
+    // One heap for all threads. glibc gives each thread one of its own, which costs five system calls
+    // and 20 KiB at its first allocation; threads here allocate little, and seldom at the same time
+    // (small blocks come from a cache of each thread anyway).
+    // SAFETY: sets a number; no other thread runs yet.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
     for signal in [libc::SIGPIPE, libc::SIGXFSZ] {
         // SAFETY: to ignore a signal runs no handler.
         unsafe { libc::signal(signal, libc::SIG_IGN) };
