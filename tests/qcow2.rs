@@ -9,6 +9,7 @@ mod support;
 use minivmm::block::driver::{Driver, Flags, Snapshot};
 use minivmm::block::node::{Node, NodeOptions};
 use minivmm::qcow2::create::{CreateOptions, Preallocation};
+use minivmm::qcow2::header::Compression;
 use minivmm::qcow2::mutant::Mutant;
 use minivmm::qcow2::open::Options;
 use std::sync::Arc;
@@ -27,6 +28,7 @@ fn shape(rng: &mut Rng) -> CreateOptions {
         cluster_size: 1 << bits,
         refcount_bits: if version == 2 { 16 } else { 1 << rng.below(7) },
         extended_l2,
+        compression: if version == 3 && rng.one_in(2) { Compression::Zstd } else { Compression::Zlib },
         ..CreateOptions::default()
     }
 }
@@ -81,25 +83,45 @@ fn round(seed: u64, steps: u64, qemu: bool, bug: Option<Mutant>) {
             len = (1 + rng.below(most)).min(size - off) as usize;
         }
         let part = off as usize..off as usize + len;
-        match rng.below(22) {
+        match rng.below(24) {
+            22 | 23 if len > 0 => {
+                // Whole clusters, or up to the end.
+                let start = off / o.cluster_size * o.cluster_size;
+                let end = (start + (1 + rng.below(3)) * o.cluster_size).min(size);
+                let byte = rng.draw() as u8;
+                let noise = rng.one_in(6);
+                let data: Vec<u8> = (start..end)
+                    .map(|i| if noise { rng.draw() as u8 } else { byte.wrapping_add((i / 97) as u8) })
+                    .collect();
+                let from = minivmm::sys::iov::Iov::from_slice(&data);
+                image
+                    .write(start, &from, Flags::COMPRESSED)
+                    .unwrap_or_else(|e| panic!("{}: {e}", say("compressed")));
+                model[start as usize..end as usize].copy_from_slice(&data);
+            }
             20 | 21 if o.refcount_bits > 1 => {
                 let inside = image.internal().unwrap();
                 let n = rng.below(snapshots.len() as u64 + 1) as usize;
-                // As many as the refcounts can count, less what an apply needs.
+                // Narrow refcounts cannot count all of it, the less so with several compressed
+                // clusters in a host cluster; nothing has changed then.
+                let narrow =
+                    |e: &std::io::Error| o.refcount_bits <= 4 && e.kind() == std::io::ErrorKind::InvalidInput;
                 let most = if o.refcount_bits == 2 { 1 } else { 5 };
                 match rng.below(4) {
                     0 | 1 if snapshots.len() < most => {
                         let name = format!("snap{step}");
                         let snapshot = Snapshot { name: name.clone(), date_sec: 7, ..Snapshot::default() };
-                        inside.create_snapshot(snapshot).unwrap_or_else(|e| panic!("{}: {e}", say("create")));
-                        snapshots.push((name, model.clone()));
+                        match inside.create_snapshot(snapshot) {
+                            Ok(()) => snapshots.push((name, model.clone())),
+                            Err(e) => assert!(narrow(&e), "{}: {e}", say("create")),
+                        }
                     }
                     2 if n < snapshots.len() => {
                         let (name, old) = &snapshots[n];
-                        inside
-                            .apply_snapshot(None, Some(name))
-                            .unwrap_or_else(|e| panic!("{}: {e}", say("apply")));
-                        model.clone_from(old);
+                        match inside.apply_snapshot(None, Some(name)) {
+                            Ok(()) => model.clone_from(old),
+                            Err(e) => assert!(narrow(&e), "{}: {e}", say("apply")),
+                        }
                     }
                     3 if n < snapshots.len() => {
                         let (name, _) = snapshots.remove(n);
@@ -183,7 +205,12 @@ fn round(seed: u64, steps: u64, qemu: bool, bug: Option<Mutant>) {
         }
         assert!(qemu_read(&dir, &path) == model, "{}", say("qemu-img reads something else"));
         for (name, old) in &snapshots {
-            support::qemu("qemu-img", &["snapshot", "-a", name, path.to_str().unwrap()]);
+            let (code, text) = tool("qemu-img", &["snapshot", "-a", name, path.to_str().unwrap()]);
+            if code != 0 && o.refcount_bits <= 4 {
+                // It cannot count to that either.
+                break;
+            }
+            assert_eq!(code, 0, "{}: {text}", say("qemu-img snapshot -a"));
             assert!(qemu_read(&dir, &path) == *old, "{}", say(&format!("snapshot {name}")));
             qemu_check(&path, false);
         }
@@ -457,7 +484,6 @@ fn our_images_are_qemus() {
     if !have_qemu() {
         return;
     }
-    use minivmm::qcow2::header::Compression;
     let base = CreateOptions { size: 1 << 20, ..CreateOptions::default() };
     let list = [
         base.clone(),

@@ -71,6 +71,8 @@ impl Flags {
     pub const MAY_UNMAP: Flags = Flags(2);
     /// A zero request fails with ENOTSUP rather than writing zeroes slowly.
     pub const NO_FALLBACK: Flags = Flags(4);
+    /// A write may be stored compressed, if the format can: best in whole clusters.
+    pub const COMPRESSED: Flags = Flags(8);
 
     /// True when every flag of `other` is set.
     pub fn contains(self, other: Flags) -> bool {

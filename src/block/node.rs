@@ -275,19 +275,19 @@ impl Node {
             return self.zero(off, n, flags | unmap);
         }
         self.check_threshold(off + n);
-        let done = self.write_inside(off, from);
+        let done = self.write_inside(off, from, flags);
         self.changed(off, n);
         done.and_then(|()| self.after_write(flags))
     }
 
-    fn write_inside(&self, off: u64, from: &Iov) -> io::Result<()> {
+    fn write_inside(&self, off: u64, from: &Iov, flags: Flags) -> io::Result<()> {
         let align = u64::from(self.limits.request_alignment);
         let n = from.len() as u64;
         let aligned = (off | n) & (align - 1) == 0;
         let _turn = (align > 1)
             .then(|| self.serial.enter(off & !(align - 1), (off + n).next_multiple_of(align), !aligned));
         if aligned && self.memory_fits(from) {
-            return self.driver.write(off, from, Flags::NONE);
+            return self.driver.write(off, from, Flags(flags.0 & Flags::COMPRESSED.0));
         }
         let mut bounce = self.bounce(off, n);
         let (mut at, end) = (off, off + n);
@@ -377,7 +377,7 @@ impl Node {
         let mut done = 0;
         while done < len {
             let n = (len - done).min(BOUNCE);
-            self.write_inside(off + done, &Iov::from_slice(&zeroes[..n as usize]))?;
+            self.write_inside(off + done, &Iov::from_slice(&zeroes[..n as usize]), Flags::NONE)?;
             done += n;
         }
         Ok(())

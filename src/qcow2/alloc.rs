@@ -288,8 +288,7 @@ impl Meta {
         let (k, fresh) = self.alloc_tail(file, 1)?;
         // That may have made the very block, if the tail is in its part of the file.
         if self.reftable.entries.get(index as usize).is_none_or(|e| e & REFTABLE_MASK != 0) {
-            self.free(k << self.geo.cluster_bits, 1, false);
-            return Ok(());
+            return self.set_refcount(file, k, 0);
         }
         let offset = k << self.geo.cluster_bits;
         if !fresh {

@@ -120,6 +120,18 @@ impl Walk<'_> {
         Ok(())
     }
 
+    /// Counts refcount blocks, and a bigger table, that were made after the walk.
+    fn count_new_tables(&mut self) {
+        let geo = self.meta.geo;
+        let h = &self.meta.header;
+        let first = geo.cluster(h.reftable_offset);
+        let table = first..first + u64::from(h.reftable_clusters);
+        let blocks = self.meta.reftable.entries.iter().map(|e| e & REFTABLE_MASK).filter(|b| *b != 0);
+        for k in table.chain(blocks.map(|b| geo.cluster(b))) {
+            self.counts.entry(k).or_insert(1);
+        }
+    }
+
     /// The stored bitmaps' directory, tables and data.
     fn bitmaps(&mut self) -> io::Result<()> {
         let Some(ext) = self.meta.header.bitmaps else { return Ok(()) };
@@ -289,12 +301,10 @@ impl Qcow2 {
             for i in blocks {
                 walk.meta.make_block(&file, i)?;
             }
-            walk.compare(|meta, file, k, have, want| {
-                // Clusters behind `end` were allocated just now, for blocks.
-                if have != want && (k < end || want != 0) {
-                    meta.set_refcount(file, k, want)?;
-                }
-                Ok(())
+            walk.count_new_tables();
+            walk.compare(|meta, file, k, have, want| match have == want {
+                true => Ok(()),
+                false => meta.set_refcount(file, k, want),
             })?;
             for i in 0..meta.l1.entries.len() {
                 meta.fix_copied(&file, i, &mut None)?;

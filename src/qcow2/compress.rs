@@ -5,10 +5,13 @@
 
 use super::header::Compression;
 use std::io::{self, Read};
-use zlib_rs::{Inflate, InflateFlush};
+use zlib_rs::{Deflate, DeflateFlush, Inflate, InflateFlush, Status};
 
 /// Bits of deflate's window in this format.
 const WINDOW_BITS: u8 = 12;
+
+/// zlib's own default.
+const ZLIB_LEVEL: i32 = 6;
 
 /// Fills `out`, one cluster, from `data`, which may go on behind the compressed stream.
 ///
@@ -30,6 +33,27 @@ pub fn decompress(method: Compression, data: &[u8], out: &mut [u8]) -> io::Resul
         }
     };
     if whole { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::EIO)) }
+}
+
+/// One cluster compressed; `None` when that does not make it smaller.
+pub fn compress(method: Compression, data: &[u8]) -> Option<Vec<u8>> {
+    let out = match method {
+        Compression::Zlib => {
+            let mut out = vec![0; data.len()];
+            let mut deflate = Deflate::new(ZLIB_LEVEL, false, WINDOW_BITS);
+            let done = deflate.compress(data, &mut out, DeflateFlush::Finish).ok()?;
+            if done != Status::StreamEnd {
+                return None;
+            }
+            out.truncate(deflate.total_out() as usize);
+            out
+        }
+        Compression::Zstd => {
+            let level = ruzstd::encoding::CompressionLevel::Fastest;
+            ruzstd::encoding::compress_to_vec(data, level)
+        }
+    };
+    (out.len() < data.len()).then_some(out)
 }
 
 #[cfg(test)]

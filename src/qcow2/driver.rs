@@ -121,8 +121,11 @@ impl Driver for Qcow2 {
         self.read_at(off, to)
     }
 
-    fn write(&self, off: u64, from: &Iov, _flags: Flags) -> io::Result<()> {
+    fn write(&self, off: u64, from: &Iov, flags: Flags) -> io::Result<()> {
         self.must_be_writable()?;
+        if flags.contains(Flags::COMPRESSED) {
+            return self.write_compressed(off, from);
+        }
         self.write_at(off, from)
     }
 

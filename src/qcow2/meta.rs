@@ -133,6 +133,8 @@ pub struct Meta {
     pub tail: u64,
     /// Clusters from here on were never written: they read as zeroes once the file is that long.
     pub fresh: u64,
+    /// Where the next compressed cluster goes: an offset in a cluster that others are in; 0: none.
+    pub packing: u64,
     /// Length of the file in bytes.
     pub file_len: u64,
     /// Length of the file when it was opened.
@@ -298,7 +300,11 @@ impl Meta {
 
     /// Changes the entry of guest cluster `c`, whose L2 table is there and ours.
     pub fn set_entry(&mut self, file: &Node, c: u64, entry: &Entry) -> io::Result<()> {
-        let words = self.geo.encode(entry);
+        self.set_words(file, c, self.geo.encode(entry))
+    }
+
+    /// As [`Meta::set_entry`], with the words as they are on disk.
+    pub fn set_words(&mut self, file: &Node, c: u64, words: (u64, u64)) -> io::Result<()> {
         let Some((table, true)) = self.l2_table(c).map_err(|m| self.broken(m))? else {
             return Err(io::Error::other("qcow2: an L2 table that was prepared is gone"));
         };
@@ -375,6 +381,10 @@ impl Meta {
     /// allocated until nothing on disk, and no request, can reach them.
     pub fn free(&mut self, offset: u64, count: u64, punch: bool) {
         let first = self.geo.cluster(offset);
+        if (first..first + count).contains(&self.geo.cluster(self.packing)) {
+            // Its last reference may be on the list: it must not get another.
+            self.packing = 0;
+        }
         if let Some(last) = self.freed.last_mut()
             && last.first + last.count == first
             && last.punch == punch

@@ -12,6 +12,7 @@
 //! | `checkpoint.rs` | the only writer of metadata, and the proof of its order |
 //! | `io.rs` | read, write: reserve → write data → link |
 //! | `erase.rs` | write-zeroes, discard |
+//! | `packed.rs` | writing compressed clusters |
 //! | `compress.rs` | zlib and zstd |
 //! | `open.rs` | opening: limits, features, first checks |
 //! | `plan.rs` | options of `blockdev-add`; opens the children |
@@ -41,6 +42,7 @@ mod io;
 mod meta;
 pub mod mutant;
 pub mod open;
+mod packed;
 pub mod plan;
 mod prealloc;
 mod resize;

@@ -145,6 +145,7 @@ pub fn open(
         cursor: 0,
         tail: clusters.min(blocks << geo.block_bits()),
         fresh: clusters,
+        packing: 0,
         file_len,
         opened_len: file_len,
         cleaned: Instant::now(),
