@@ -19,6 +19,9 @@
 #[cfg(test)]
 extern crate self as minivmm;
 
+// The library is read by those who work on it: a module's head may speak of what is private.
+#![allow(rustdoc::private_intra_doc_links)]
+
 pub mod args;
 pub mod block;
 pub mod chardev;
