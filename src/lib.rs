@@ -14,13 +14,12 @@
 //! block/      net/        chardev/    machine/
 //! qapi/       sys/        error.rs    event.rs
 //! ```
+// The library is read by those who work on it: a module's head may speak of what is private.
+#![allow(rustdoc::private_intra_doc_links)]
 
 // The kit that unit tests share with the tests under `tests/` says `minivmm::`.
 #[cfg(test)]
 extern crate self as minivmm;
-
-// The library is read by those who work on it: a module's head may speak of what is private.
-#![allow(rustdoc::private_intra_doc_links)]
 
 pub mod args;
 pub mod block;
