@@ -48,7 +48,8 @@ Runs the virtual machine that CONFIG.toml describes ('-': standard input).
   --help             show this text
   --version          show the version
 
-Exit status: 0 when the guest or a client ended the machine, 1 for an error.
+Exit status: 0 when the guest, a client or a signal ended the machine, 1 for an
+error, 2N+1 when the guest wrote N to an isa-debug-exit.
 ";
 
 impl Args {

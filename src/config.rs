@@ -155,6 +155,9 @@ impl Table {
             at = place;
             text = format!("'{file}': {text}");
         }
+        if error == "Block node is read-only" {
+            text += " (give it write permission, or say read-only = true)";
+        }
         Fault::new(at, format!("{header} {text}"))
     }
 }

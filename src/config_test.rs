@@ -114,6 +114,12 @@ fn an_error_of_a_command_is_placed_at_its_argument() {
     );
     assert_eq!(shown("Parameter 'node-name' is missing"), "c.toml:1:1: [[blockdev]] 'node-name' is missing");
     assert_eq!(shown("No such file"), "c.toml:1:1: [[blockdev]] No such file");
+    let config = parse("[[drive]]\nid = 'd'\nfile = 'x.img'\n", &[]).unwrap();
+    assert_eq!(
+        config.sources.message(&config.tables[0].fault("Block node is read-only")),
+        "c.toml:3:1: [[drive]] 'x.img': Block node is read-only (give it write permission, or say \
+         read-only = true)"
+    );
 }
 
 #[test]

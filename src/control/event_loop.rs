@@ -47,6 +47,10 @@ pub fn run(vm: &mut Vm, signals: &Signals, sources: &mut [&mut dyn Source]) -> i
         if set.ready(inbox) != 0 {
             let mut reset = false;
             for event in vm.events.take() {
+                // Nothing happens after the end: clients have been told SHUTDOWN.
+                if vm.exit().is_some() {
+                    break;
+                }
                 // Several processors may ask for the same reset.
                 if event != Event::Reset || !std::mem::replace(&mut reset, true) {
                     vm.handle(event);
@@ -60,3 +64,7 @@ pub fn run(vm: &mut Vm, signals: &Signals, sources: &mut [&mut dyn Source]) -> i
         }
     }
 }
+
+#[cfg(test)]
+#[path = "event_loop_test.rs"]
+mod tests;

@@ -180,12 +180,11 @@ fn by_name(options: &TapOptions) -> Result<(OwnedFd, String, bool)> {
 }
 
 fn passed(name: &str, fd: OwnedFd) -> Result<(OwnedFd, String, bool)> {
-    let number = fd.as_raw_fd();
     tun::set_nonblocking(fd.as_fd())
-        .map_err(|e| Error::new(format!("{name}: Can't use file descriptor {number}: {}", strerror(&e))))?;
+        .map_err(|e| Error::new(format!("{name}: Can't use file descriptor {name}: {}", strerror(&e))))?;
     let (ifname, flags) = tun::attached(fd.as_fd()).map_err(|e| {
         Error::new(format!(
-            "Unable to query TUNGETIFF on FD {number}: {}; 'fd' must be an open {DEVICE} with an \
+            "Unable to query TUNGETIFF on FD {name}: {}; 'fd' must be an open {DEVICE} with an \
              interface attached",
             strerror(&e)
         ))

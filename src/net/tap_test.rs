@@ -107,7 +107,7 @@ fn a_passed_descriptor_is_used_as_it_is() {
     let options = TapOptions { fd: Some("7".into()), ..Default::default() };
     let null = std::fs::File::open("/dev/null").unwrap();
     let e = Tap::open(&options, |_| Ok(null.into())).err().unwrap();
-    assert!(e.desc.starts_with("Unable to query TUNGETIFF on FD "), "{e}");
+    assert!(e.desc.starts_with("Unable to query TUNGETIFF on FD 7: "), "{e}");
 }
 
 #[test]
