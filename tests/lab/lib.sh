@@ -49,9 +49,7 @@ vm_exit() {
 # qmp_open: connects to the monitor; then qmp 'JSON' sends and qmp_wait PATTERN waits for a line
 qmp_open() {
   rm -f /tmp/qmp.in; mkfifo /tmp/qmp.in; : >/tmp/qmp.out
-  tries=100
-  while ! nc -w 1 -z 127.0.0.1 $QMP 2>/dev/null; do tries=$((tries - 1)); [ $tries -gt 0 ] || return 1; sleep 0.1; done
-  nc 127.0.0.1 $QMP </tmp/qmp.in >/tmp/qmp.out &
+  nc 127.0.0.1 $QMP </tmp/qmp.in >>/tmp/qmp.out &
   exec 3>/tmp/qmp.in
   qmp '{"execute":"qmp_capabilities"}'
   qmp_wait '"return"'
