@@ -20,6 +20,15 @@ pub enum Event {
     },
     /// A guest request failed on a disk.
     BlockIoError(BlockIoError),
+    /// A write went beyond a node's write threshold, which is off now.
+    WriteThreshold {
+        /// The node.
+        node_name: String,
+        /// By how many bytes.
+        exceeded: u64,
+        /// The threshold, in bytes.
+        threshold: u64,
+    },
     /// A vCPU thread cannot go on; the text says why.
     VcpuFailed {
         /// Which vCPU.

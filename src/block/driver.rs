@@ -285,6 +285,27 @@ pub trait Driver: Send + Sync {
         None
     }
 
+    /// The node turns read-only, or writable; nobody writes to it at the moment. Before it turns
+    /// read-only its children can still be written: what is held in memory goes out. When it turns
+    /// writable they cannot be written yet ([`Driver::begin_writing`]). An error leaves it as it was.
+    fn set_read_only(&self, read_only: bool) -> io::Result<()> {
+        let _ = read_only;
+        Ok(())
+    }
+
+    /// The node has turned writable, and its children are writable too: repairs what a read-only
+    /// user must not touch.
+    fn begin_writing(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// Records another name for the backing file in the image, whose format stays; the node that
+    /// is below stays too. ENOTSUP: this format has no such name.
+    fn set_backing_name(&self, name: &str) -> io::Result<()> {
+        let _ = name;
+        Err(io::Error::from_raw_os_error(libc::ENOTSUP))
+    }
+
     /// `driver-specific` of `query-blockstats`.
     fn stats(&self) -> Option<serde_json::Map<String, serde_json::Value>> {
         None

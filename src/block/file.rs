@@ -87,7 +87,9 @@ pub struct File {
     device: bool,
     direct: bool,
     /// The node is writable, but the descriptor is so only while somebody writes.
-    reopen: bool,
+    reopen: AtomicBool,
+    /// The descriptor came from an fd set: its access mode is its giver's to choose.
+    passed: bool,
     writable: AtomicBool,
     limits: Limits,
     len: AtomicU64,
@@ -166,12 +168,13 @@ impl Open for FilePlan {
         let locks = Locks::new(&fd, &filename, self.options.locking.unwrap_or_default())?;
         Ok(Box::new(File {
             name,
+            passed: filename.starts_with("/dev/fdset/"),
             filename,
             fd,
             _keep: passed.keep,
             device,
             direct,
-            reopen,
+            reopen: AtomicBool::new(reopen),
             writable: AtomicBool::new(writable),
             limits: Limits { cheap_zeroes: !device, ..limits },
             len: AtomicU64::new(len),
@@ -383,7 +386,7 @@ impl Driver for File {
         let old = self.locks.held();
         self.locks.set(uses, shares)?;
         let write = uses & (Perm::WRITE | Perm::WRITE_UNCHANGED | Perm::RESIZE) != Perm::NONE;
-        if self.reopen
+        if self.reopen.load(Ordering::Relaxed)
             && write != self.writable.load(Ordering::Relaxed)
             && let Err(e) = self.reopen(write)
         {
@@ -557,6 +560,16 @@ impl Driver for File {
         Map::from_iter([("filename".to_string(), json!(self.filename))])
     }
 
+    fn set_read_only(&self, read_only: bool) -> io::Result<()> {
+        if self.passed {
+            let possible = read_only || self.writable.load(Ordering::Relaxed);
+            return if possible { Ok(()) } else { Err(errno(libc::EACCES)) };
+        }
+        // From now on the descriptor follows its users, as with auto-read-only.
+        self.reopen.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
     fn file_id(&self) -> Option<(u64, u64)> {
         Some(self.id)
     }
@@ -573,8 +586,9 @@ impl Driver for File {
 
     fn close(&self) -> io::Result<()> {
         // Nothing is held in memory; whether the page cache is to reach the disk is up to those
-        // above, who flush before they close.
-        Ok(())
+        // above, who flush before they close. The locks would end with the descriptor, but a child
+        // process that is just being started may have a copy of it for a moment.
+        self.locks.set(Perm::NONE, Perm::ALL)
     }
 }
 

@@ -78,7 +78,7 @@ impl Quiesced {
     }
 }
 
-fn is_above(node: &Arc<Node>, at: &[&Arc<Node>]) -> bool {
+pub(super) fn is_above(node: &Arc<Node>, at: &[&Arc<Node>]) -> bool {
     at.iter().any(|n| Arc::ptr_eq(n, node))
         || node.driver.edges().iter().any(|e| e.node().is_some_and(|n| is_above(&n, at)))
 }
@@ -199,6 +199,19 @@ impl Graph {
         for entry in self.nodes.iter_mut().filter(|e| Arc::ptr_eq(&e.node, node)) {
             entry.monitor = true;
         }
+    }
+
+    /// The node of that name is no longer the user's: [`Graph::collect`] closes it if nobody uses it.
+    pub fn disown(&mut self, node: &Arc<Node>) {
+        for entry in self.nodes.iter_mut().filter(|e| Arc::ptr_eq(&e.node, node)) {
+            entry.monitor = false;
+        }
+    }
+
+    /// What the users of `node` do with it, and share.
+    pub(super) fn perm_of(&self, node: &Arc<Node>) -> (Perm, Perm) {
+        let entry = self.nodes.iter().find(|e| Arc::ptr_eq(&e.node, node));
+        entry.map_or((Perm::NONE, Perm::ALL), |e| e.perm)
     }
 
     /// Takes part in every check as the user `who` of `edge`'s node, before `who` is in the graph.

@@ -17,7 +17,9 @@ pub mod null;
 pub mod open;
 pub mod perm;
 pub mod raw;
+mod reopen;
 mod serial;
+pub mod snapshot;
 pub mod stats;
 #[cfg(test)]
 pub mod testing;

@@ -14,7 +14,7 @@ use super::serial::Serial;
 use crate::sys::buf::AlignedBuf;
 use crate::sys::iov::{Iov, IovMut};
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 /// The longest bounce buffer, in bytes; longer requests go through it in pieces.
@@ -134,8 +134,10 @@ pub struct Node {
     pub name: String,
     /// The format, protocol or filter. I/O goes through the node's methods, not through this.
     pub driver: Box<dyn Driver>,
-    /// What was asked for when it was opened.
+    /// What was asked for when it was opened; whether it is read-only now is
+    /// [`Node::read_only`]'s to say.
     pub options: NodeOptions,
+    read_only: AtomicBool,
     limits: Limits,
     /// True without children: the driver is the storage itself.
     storage: bool,
@@ -163,6 +165,7 @@ impl Node {
             driver,
             storage,
             options,
+            read_only: AtomicBool::new(options.read_only),
             limits,
             highest: AtomicU64::new(0),
             changes: AtomicU64::new(0),
@@ -190,7 +193,13 @@ impl Node {
 
     /// True when writes are refused.
     pub fn read_only(&self) -> bool {
-        self.options.read_only
+        self.read_only.load(Ordering::Relaxed)
+    }
+
+    /// Only the graph does this ([`Graph::set_read_only`](super::graph::Graph::set_read_only)),
+    /// while nobody writes.
+    pub(super) fn mark_read_only(&self, read_only: bool) {
+        self.read_only.store(read_only, Ordering::Relaxed);
     }
 
     /// End of the highest write since the node was opened, in bytes (`wr_highest_offset`).
@@ -395,6 +404,7 @@ impl Node {
         if !self.options.unmap || first >= last {
             return Ok(());
         }
+        self.check_threshold(off + len);
         let done = {
             let _turn = (align > 1).then(|| self.serial.enter(first, last, false));
             self.driver.discard(first, last - first)
@@ -468,10 +478,14 @@ impl Node {
     }
 
     fn check_threshold(&self, end: u64) {
-        let at = self.threshold.load(Ordering::Relaxed);
-        if at != 0 && end > at {
+        let passed = |at: u64| at != 0 && end > at;
+        if passed(self.threshold.load(Ordering::Relaxed)) {
             let mut slot = self.threshold_hook.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(hook) = slot.take() {
+            // Another one may have been set meanwhile.
+            let at = self.threshold.load(Ordering::Relaxed);
+            if passed(at)
+                && let Some(hook) = slot.take()
+            {
                 self.threshold.store(0, Ordering::Relaxed);
                 hook(end - at);
             }

@@ -163,7 +163,7 @@ impl DriveOptions {
 
 /// The node that QEMU takes for a file name: `json:{…}` is its options, `file:` may stand before a
 /// path, and a block device is one.
-fn named(name: &str) -> Result<Value> {
+pub fn named(name: &str) -> Result<Value> {
     if let Some(text) = name.strip_prefix("json:") {
         return match serde_json::from_str(text) {
             Ok(options @ Value::Object(_)) => Ok(options),

@@ -244,6 +244,11 @@ static FORMATS: &[Layer] = &[
     Layer { name: "raw", open: |file| Box::new(RawPlan { file, offset: None, size: None }) },
 ];
 
+/// True for a format that an image header, or `format=`, can name.
+pub fn exists(format: &str) -> bool {
+    FORMATS.iter().any(|l| l.name == format)
+}
+
 /// The formats and the fd sets, as opening a node needs them.
 pub struct Formats<'a> {
     fds: RefCell<&'a mut FdSets>,

@@ -348,6 +348,11 @@ impl Vm {
             Event::RtcChange { offset } => {
                 self.emit("RTC_CHANGE", json!({ "offset": offset, "qom-path": "/machine/rtc" }));
             }
+            Event::WriteThreshold { node_name, exceeded, threshold } => {
+                let data = json!({ "node-name": node_name, "amount-exceeded": exceeded,
+                                   "write-threshold": threshold });
+                self.emit("BLOCK_WRITE_THRESHOLD", data);
+            }
             Event::BlockIoError(e) => self.block_io_error(e),
             Event::VcpuFailed { cpu, why } => self.broken(&format!("CPU {cpu} cannot go on: {why}")),
             Event::DebugExit { status } => self.quit(Cause::GuestShutdown, status),

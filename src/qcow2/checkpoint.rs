@@ -347,7 +347,7 @@ impl Qcow2 {
     /// Answers EIO for the request that found it.
     pub(super) fn mark_corrupt(&self, why: &str) -> io::Error {
         let mut meta = self.lock();
-        if !self.read_only && !meta.corrupt {
+        if !self.read_only() && !meta.corrupt {
             log::error!(
                 "qcow2: Marking image as corrupt: {why}; further corruption events will be suppressed"
             );
@@ -369,7 +369,7 @@ impl Qcow2 {
             if let Some(tell) = &self.on_corrupt {
                 tell(why);
             }
-        } else if self.read_only {
+        } else if self.read_only() {
             log::warn!("qcow2: image is corrupt: {why}");
         }
         io::Error::from_raw_os_error(libc::EIO)

@@ -31,7 +31,7 @@ impl Qcow2 {
             backing,
             data_file,
             geo: meta.geo,
-            read_only: options.read_only,
+            read_only: AtomicBool::new(options.read_only),
             punch: options.pass_discard_request.unwrap_or(true),
             size: AtomicU64::new(size),
             meta: Mutex::new(meta),
@@ -51,8 +51,13 @@ impl Qcow2 {
         }
     }
 
+    /// True when nothing may be written, not even what belongs to no request.
+    pub(super) fn read_only(&self) -> bool {
+        self.read_only.load(Ordering::SeqCst)
+    }
+
     fn must_be_writable(&self) -> io::Result<()> {
-        if self.read_only { Err(io::Error::from_raw_os_error(libc::EPERM)) } else { Ok(()) }
+        if self.read_only() { Err(io::Error::from_raw_os_error(libc::EPERM)) } else { Ok(()) }
     }
 
     /// Writes everything back, and what was freed too. Under exclusive use.
@@ -63,6 +68,19 @@ impl Qcow2 {
             if self.is_clean() {
                 break;
             }
+        }
+        Ok(())
+    }
+
+    /// Writes everything back and gives up what the file is longer than it needs to be: it was
+    /// made so to save system calls. Under exclusive use.
+    fn trim(&self) -> io::Result<()> {
+        self.drain()?;
+        let mut meta = self.lock();
+        let end = (meta.fresh << meta.geo.cluster_bits).max(meta.opened_len);
+        if end < meta.file_len {
+            self.file()?.resize(end)?;
+            meta.file_len = end;
         }
         Ok(())
     }
@@ -113,7 +131,7 @@ impl Driver for Qcow2 {
         match edge.role.as_str() {
             "backing" => perm::for_backing(above),
             "data-file" => perm::for_data(above),
-            _ => perm::for_metadata(above, !self.read_only),
+            _ => perm::for_metadata(above, !self.read_only()),
         }
     }
 
@@ -144,7 +162,7 @@ impl Driver for Qcow2 {
     }
 
     fn flush(&self) -> io::Result<()> {
-        if self.read_only {
+        if self.read_only() {
             return Ok(());
         }
         self.checkpoint(true)
@@ -210,20 +228,43 @@ impl Driver for Qcow2 {
         }
     }
 
-    fn close(&self) -> io::Result<()> {
-        if self.read_only || self.lock().corrupt {
+    fn set_read_only(&self, read_only: bool) -> io::Result<()> {
+        if read_only == self.read_only() {
             return Ok(());
         }
         let _alone = self.exclusive();
-        self.drain()?;
-        // The file was made longer than needed, to save system calls.
-        let mut meta = self.lock();
-        let end = (meta.fresh << meta.geo.cluster_bits).max(meta.opened_len);
-        if end < meta.file_len {
-            self.file()?.resize(end)?;
-            meta.file_len = end;
+        if read_only {
+            if !self.lock().corrupt {
+                self.trim()?;
+            }
+        } else {
+            let mut meta = self.lock();
+            if meta.corrupt || meta.header.incompatible & header::INCOMPAT_CORRUPT != 0 {
+                let text = "qcow2: Image is corrupt; cannot be opened read/write";
+                return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+            }
+            meta.tables.clear();
+            meta.find_tables(&*self.file()?)?;
         }
-        drop(meta);
+        self.read_only.store(read_only, Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn begin_writing(&self) -> io::Result<()> {
+        self.prepare_to_write()
+    }
+
+    fn set_backing_name(&self, name: &str) -> io::Result<()> {
+        self.must_be_writable()?;
+        self.rename_backing(name)
+    }
+
+    fn close(&self) -> io::Result<()> {
+        if self.read_only() || self.lock().corrupt {
+            return Ok(());
+        }
+        let _alone = self.exclusive();
+        self.trim()?;
         *self.decompressed.lock().unwrap_or_else(PoisonError::into_inner) = None;
         Ok(())
     }

@@ -19,6 +19,7 @@
 //! | `create.rs` | new images |
 //! | `prealloc.rs` | preallocation of a new image |
 //! | `resize.rs` | growing and shrinking |
+//! | `backing.rs` | another name for the backing file |
 //! | `snapshot.rs` | internal snapshots |
 //! | `check.rs` | walking all metadata: repair at open, and the tests' checker |
 //! | `mutant.rs` | deliberate bugs for the tests' own test; none in a release build |
@@ -30,6 +31,7 @@
 //! user ([`Using`]).
 
 mod alloc;
+mod backing;
 mod cache;
 pub mod check;
 mod checkpoint;
@@ -63,7 +65,7 @@ pub struct Qcow2 {
     backing: Arc<Edge>,
     data_file: Option<Arc<Edge>>,
     geo: types::Geometry,
-    read_only: bool,
+    read_only: AtomicBool,
     /// Space freed by guest requests goes back to the file system.
     punch: bool,
     /// Virtual size in bytes; changed only under exclusive use.

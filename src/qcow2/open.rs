@@ -62,7 +62,7 @@ pub fn read_header(file: &Node) -> io::Result<Header> {
 }
 
 /// The first cluster, or as much of it as there is.
-fn first_cluster(file: &Node) -> io::Result<Vec<u8>> {
+pub(super) fn first_cluster(file: &Node) -> io::Result<Vec<u8>> {
     let have = file.len();
     let mut start = vec![0; 512.min(have) as usize];
     read_padded(file, 0, &mut start)?;
@@ -123,7 +123,6 @@ pub fn open(
     let blocks = reftable.iter().rposition(|e| e & REFTABLE_MASK != 0).map_or(0, |i| i as u64 + 1);
     let clusters = file_len.div_ceil(geo.cluster_size());
     let size = header.size;
-    let (incompatible, autoclear) = (header.incompatible, header.autoclear);
     let mut meta = Meta {
         geo,
         header,
@@ -157,22 +156,34 @@ pub fn open(
         meta.find_tables(&node)?;
     }
     let image = Qcow2::new(file, backing, data_file, size, meta, options);
-    if !image.read_only {
+    if !image.read_only() {
+        image.prepare_to_write()?;
+    }
+    Ok(image)
+}
+
+impl Qcow2 {
+    /// Repairs what is not right for an image that is written to.
+    pub(super) fn prepare_to_write(&self) -> io::Result<()> {
+        let (incompatible, autoclear) = {
+            let meta = self.lock();
+            (meta.header.incompatible, meta.header.autoclear)
+        };
         if incompatible & header::INCOMPAT_DIRTY != 0 {
-            image.repair()?;
+            self.repair()?;
         }
         // No feature that these bits stand for is kept up to date by this driver, except that
         // writes to an external data file do reach it.
         let keep = autoclear & header::AUTOCLEAR_DATA_FILE_RAW;
         if autoclear != keep {
-            let mut meta = image.lock();
+            let mut meta = self.lock();
             meta.header.autoclear = keep;
             meta.header_dirty = true;
             drop(meta);
-            image.checkpoint(true)?;
+            self.checkpoint(true)?;
         }
+        Ok(())
     }
-    Ok(image)
 }
 
 fn refuse(text: &str) -> io::Error {

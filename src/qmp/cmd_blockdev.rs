@@ -3,11 +3,13 @@
 //! Owns: their form and QEMU's texts. Never: formats' insides. Threads: control. Locks: none.
 
 use super::schema::Cx;
+use crate::block::graph::Parent;
 use crate::block::node::Node;
 use crate::block::open;
-use crate::commands;
+use crate::{bail, commands};
 use crate::control::formats::{self, BlockdevDriver, BlockdevOptions, Formats};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, strerror};
+use crate::event::Event;
 use std::sync::Arc;
 
 commands! {
@@ -32,6 +34,26 @@ commands! {
         "node-name" node_name: Option<String>,
         /// The new length in bytes.
         size: i64,
+    } -> ();
+
+    /// Makes one `BLOCK_WRITE_THRESHOLD` event when something is first written beyond a byte of a
+    /// node.
+    "block-set-write-threshold" => set_write_threshold {
+        /// The node's name.
+        "node-name" node_name: String,
+        /// The byte; 0 is none.
+        "write-threshold" threshold: u64,
+    } -> ();
+
+    /// Records another name for an image's backing file in the image. Nothing is opened, and the
+    /// recorded format stays.
+    "change-backing-file" => change_backing_file {
+        /// The drive, or the node, in whose chain the image is.
+        device: String,
+        /// The image's node.
+        "image-node-name" image: String,
+        /// The name to record.
+        "backing-file" name: String,
     } -> ();
 }
 
@@ -76,6 +98,49 @@ fn block_resize(cx: &mut Cx, device: Option<String>, node_name: Option<String>, 
         return Err(Error::new("Parameter 'size' expects a >0 size"));
     };
     cx.vm.graph.resize(&node, size)
+}
+
+fn set_write_threshold(cx: &mut Cx, node_name: String, threshold: u64) -> Result<()> {
+    let Some(node) = cx.vm.graph.find(&node_name) else {
+        bail!("Device '{node_name}' not found");
+    };
+    let events = cx.vm.events.clone();
+    let tell = move |exceeded| events.post(Event::WriteThreshold { node_name, exceeded, threshold });
+    node.set_write_threshold(threshold, Box::new(tell));
+    Ok(())
+}
+
+/// The root of a disk: a drive's node, or one that no other node uses.
+pub(super) fn find_root(cx: &Cx, device: &str) -> Result<Arc<Node>> {
+    let node = find_node(cx, Some(device), Some(device))?;
+    let by_drive = cx.vm.drives.find(device).is_some();
+    if !by_drive && cx.vm.graph.parents(&node).iter().any(|p| matches!(p, Parent::Node(..))) {
+        bail!("Need a root block node");
+    }
+    Ok(node)
+}
+
+fn backing(node: &Node) -> Option<Arc<Node>> {
+    node.driver.edges().into_iter().find(|e| e.role == "backing")?.node()
+}
+
+fn change_backing_file(cx: &mut Cx, device: String, image: String, name: String) -> Result<()> {
+    let root = find_root(cx, &device)?;
+    let node = find_node(cx, None, Some(&image))?;
+    if backing(&node).is_none() {
+        bail!("not allowing backing file change on an image without a backing file");
+    }
+    let mut chain = std::iter::successors(Some(root), |n| backing(n));
+    if !chain.any(|n| Arc::ptr_eq(&n, &node)) {
+        bail!("'{device}' and image file are not in the same chain");
+    }
+    let read_only = node.read_only();
+    cx.vm.graph.set_read_only(&node, false)?;
+    let done = node.driver.set_backing_name(&name);
+    if let Err(e) = cx.vm.graph.set_read_only(&node, read_only) {
+        log::warn!("node '{}' stays writable: {e}", node.name);
+    }
+    done.map_err(|e| Error::new(format!("Could not change backing file to '{name}': {}", strerror(&e))))
 }
 
 #[cfg(test)]

@@ -97,6 +97,11 @@ fn filename(node: &Node, info: &driver::ImageInfo) -> String {
     format!("json:{}", Value::Object(options(node)))
 }
 
+/// The name of a node's file.
+pub(super) fn file_name(node: &Node) -> String {
+    filename(node, &node.driver.info())
+}
+
 /// The options that would open this node again.
 fn options(node: &Node) -> Map<String, Value> {
     let mut map = node.driver.own_options();
@@ -164,7 +169,8 @@ fn device_info(node: &Node, handle: Option<&Handle>, flat: bool) -> BlockDeviceI
             direct: node.options.direct,
             no_flush: node.options.no_flush,
         },
-        write_threshold: node.write_threshold(),
+        // Its type is `int`: thresholds that no disk reaches are shown as negative numbers.
+        write_threshold: node.write_threshold().cast_signed(),
     }
 }
 

@@ -131,6 +131,16 @@ events! {
         /// The error in words, for people.
         reason: String,
     };
+
+    /// A write went beyond a node's write threshold, which is off now.
+    "BLOCK_WRITE_THRESHOLD" {
+        /// The node.
+        "node-name" node_name: String,
+        /// By how many bytes.
+        "amount-exceeded" exceeded: u64,
+        /// The threshold, in bytes.
+        "write-threshold" threshold: u64,
+    };
 }
 
 wire_enum! {

@@ -16,6 +16,7 @@ mod cmd_hmp;
 mod cmd_machine;
 mod cmd_oob;
 mod cmd_query_block;
+mod cmd_snapshot;
 mod query_block_types;
 
 /// Every command, one table a file.
@@ -27,4 +28,5 @@ static TABLES: &[&[schema::Command]] = &[
     cmd_query_block::QUERY_BLOCK,
     cmd_oob::OOB,
     cmd_hmp::HMP,
+    cmd_snapshot::SNAPSHOT,
 ];

@@ -155,7 +155,7 @@ wire_struct! {
         /// How caches are used.
         cache: BlockdevCacheInfo,
         /// Writes beyond this byte make an event; 0: none do.
-        write_threshold: u64,
+        write_threshold: i64,
     }
 }
 

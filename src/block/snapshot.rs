@@ -1,0 +1,123 @@
+//! Snapshots of one disk or of several at one moment: new images on top, and snapshots inside.
+//!
+//! Everything slow is done before: the overlays exist and are open, and what the disks hold in memory
+//! is written back once while their guests go on. Then the guests wait, and all of it happens or
+//! nothing.
+//!
+//! Owns: that moment. Never: files, names. Threads: control. Locks: none.
+
+use super::driver::Snapshot;
+use super::graph::{Graph, is_above};
+use super::node::{Edge, Node};
+use crate::bail;
+use crate::error::{Error, Result, strerror};
+use std::sync::Arc;
+
+/// An image that goes on top of a node: whoever is above `node` will be above `over`.
+pub struct Overlay {
+    /// It becomes the backing file.
+    pub node: Arc<Node>,
+    /// Nobody uses it, and it has no backing file.
+    pub over: Arc<Node>,
+}
+
+/// A snapshot inside an image.
+pub struct Inside {
+    /// The image.
+    pub node: Arc<Node>,
+    /// Its disk, as messages name it.
+    pub device: String,
+    /// What is to be made.
+    pub snapshot: Snapshot,
+}
+
+fn backing_edge(node: &Node) -> Result<Arc<Edge>> {
+    let edge = node.driver.edges().into_iter().find(|e| e.role == "backing");
+    edge.ok_or_else(|| Error::new("The overlay does not support backing images"))
+}
+
+/// Whether `over` can be put on top of another node, as far as it is known by itself.
+pub fn check_overlay(graph: &Graph, over: &Arc<Node>) -> Result<()> {
+    if !graph.parents(over).is_empty() {
+        bail!("The overlay is already in use");
+    }
+    if backing_edge(over)?.node().is_some() {
+        bail!("The overlay already has a backing image");
+    }
+    Ok(())
+}
+
+impl Graph {
+    /// Takes all these snapshots at one moment. What was written before it is in the images below
+    /// the overlays, on stable storage, and stays there: they turn read-only.
+    pub fn snapshot(&mut self, overlays: &[Overlay], inside: &[Inside]) -> Result<()> {
+        let nodes = overlays.iter().map(|o| &o.node).chain(inside.iter().map(|i| &i.node));
+        let at: Vec<_> = nodes.collect();
+        let flush = || {
+            // A guest's flush after this goes to the overlay only.
+            let mut writable = at.iter().filter(|n| !n.read_only());
+            writable.try_for_each(|n| {
+                n.flush().map_err(|e| {
+                    Error::new(format!("Could not flush node '{}': {}", n.name, strerror(&e)))
+                })
+            })
+        };
+        flush()?;
+        let quiesced = self.quiesce(&at, &[]);
+        flush()?;
+        let mut made = 0;
+        let mut done = inside.iter().try_for_each(|one| {
+            one.take()?;
+            made += 1;
+            Ok(())
+        });
+        if done.is_ok() {
+            done = self.edit(&quiesced, |edit| {
+                for o in overlays {
+                    let edge = backing_edge(&o.over)?;
+                    edit.replace(&o.node, &o.over, Some(&o.over))?;
+                    edit.set(&edge, Some(o.node.clone()))?;
+                }
+                Ok(())
+            });
+        }
+        if done.is_err() {
+            inside[..made].iter().for_each(Inside::undo);
+        }
+        drop(quiesced);
+        done?;
+        for o in overlays {
+            if o.over.len() != o.node.len() {
+                let above = self.handles().iter().filter(|h| h.node().is_some_and(|n| is_above(&n, &[&o.over])));
+                above.for_each(|h| h.resized());
+            }
+            if let Err(e) = self.set_read_only(&o.node, true) {
+                log::warn!("node '{}' stays writable below its overlay: {e}", o.node.name);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Inside {
+    fn take(&self) -> Result<()> {
+        let (name, device) = (&self.snapshot.name, &self.device);
+        let none = || std::io::Error::from_raw_os_error(libc::ENOTSUP);
+        let internal = self.node.driver.internal().ok_or_else(none);
+        let done = internal.and_then(|i| i.create_snapshot(self.snapshot.clone()));
+        done.map_err(|e| {
+            Error::new(format!("Failed to create snapshot '{name}' on device '{device}': {}", strerror(&e)))
+        })
+    }
+
+    fn undo(&self) {
+        let Some(internal) = self.node.driver.internal() else { return };
+        if let Err(e) = internal.delete_snapshot(None, Some(&self.snapshot.name)) {
+            log::error!("the snapshot '{}' on '{}' stays: {e}", self.snapshot.name, self.device);
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "snapshot_test.rs"]
+mod tests;

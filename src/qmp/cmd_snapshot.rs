@@ -1,0 +1,421 @@
+//! Snapshots: new images on top of a disk, snapshots inside an image, several at once.
+//!
+//! Owns: the commands' form, and QEMU's texts. Never: the moment of a snapshot (`block/snapshot.rs`).
+//! Threads: control. Locks: none.
+
+use super::cmd_blockdev::{find_node, find_root};
+use super::cmd_query_block::file_name;
+use super::schema::Cx;
+use crate::block::driver;
+use crate::block::graph::{Graph, Parent};
+use crate::block::node::Node;
+use crate::block::open;
+use crate::block::snapshot::{Inside, Overlay, check_overlay};
+use crate::control::drive_options::named;
+use crate::control::formats::{self, BlockdevOptions, Formats};
+use crate::error::{Error, Result, strerror};
+use crate::qapi::{Empty, Path, Wire};
+use crate::qcow2::create::{CreateOptions, create};
+use crate::{bail, commands, wire_enum, wire_struct, wire_union};
+use serde_json::{Value, json};
+use std::os::unix::fs::OpenOptionsExt;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+commands! {
+    /// Snapshots.
+    pub static SNAPSHOT;
+
+    /// Puts a new image on top of a disk: what is written from now on goes there, and the disk as it
+    /// is becomes its backing file.
+    "blockdev-snapshot-sync" => blockdev_snapshot_sync(BlockdevSnapshotSync) -> ();
+
+    /// The same with an image that is open already.
+    "blockdev-snapshot" => blockdev_snapshot(BlockdevSnapshot) -> ();
+
+    /// Takes a snapshot inside the image.
+    "blockdev-snapshot-internal-sync" => blockdev_snapshot_internal_sync(BlockdevSnapshotInternal) -> ();
+
+    /// Deletes a snapshot inside an image, and answers what it was.
+    "blockdev-snapshot-delete-internal-sync" => delete_internal {
+        /// The drive, or the node.
+        device: String,
+        /// The snapshot's id. One of `id` and `name` is needed; both must fit.
+        id: Option<String>,
+        /// The snapshot's name.
+        name: Option<String>,
+    } -> SnapshotInfo;
+
+    /// Does all of this at one moment, or nothing of it. Files that were made for it stay.
+    "transaction" => transaction {
+        /// What to do, in order.
+        actions: Vec<TransactionAction>,
+    } -> ();
+}
+
+wire_enum! {
+    /// Where a new image comes from.
+    pub enum NewImageMode {
+        /// It is there already; what it names as its backing file is not looked at.
+        "existing" Existing,
+        /// It is created.
+        "absolute-paths" AbsolutePaths,
+    }
+    default AbsolutePaths
+}
+
+wire_struct! {
+    /// A new image on top of a disk.
+    pub struct BlockdevSnapshotSync {
+        /// The drive. One of `device` and `node-name` is needed; this one is looked at first.
+        device: Option<String>,
+        /// The node.
+        "node-name" node_name: Option<String>,
+        /// The new image's path.
+        "snapshot-file" file: String,
+        /// The new node's name; needed with `node-name`.
+        "snapshot-node-name" name: Option<String>,
+        /// The new image's format; `qcow2` by default.
+        format: Option<String>,
+        /// Where it comes from; it is created by default.
+        mode: Option<NewImageMode>,
+    }
+}
+
+wire_struct! {
+    /// An open image on top of a disk.
+    pub struct BlockdevSnapshot {
+        /// What becomes the backing file: a node, or a drive's.
+        node: String,
+        /// The node that goes on top: nobody uses it, and it was opened with `backing` null.
+        overlay: String,
+    }
+}
+
+wire_struct! {
+    /// A snapshot inside an image.
+    pub struct BlockdevSnapshotInternal {
+        /// The drive, or the node.
+        device: String,
+        /// The snapshot's name.
+        name: String,
+    }
+}
+
+wire_struct! {
+    /// `data` of `abort`.
+    pub struct AbortWrapper {
+        /// Nothing.
+        data: Empty,
+    }
+}
+
+wire_struct! {
+    /// `data` of `blockdev-snapshot`.
+    pub struct BlockdevSnapshotWrapper {
+        /// The command's arguments.
+        data: BlockdevSnapshot,
+    }
+}
+
+wire_struct! {
+    /// `data` of `blockdev-snapshot-internal-sync`.
+    pub struct BlockdevSnapshotInternalWrapper {
+        /// The command's arguments.
+        data: BlockdevSnapshotInternal,
+    }
+}
+
+wire_struct! {
+    /// `data` of `blockdev-snapshot-sync`.
+    pub struct BlockdevSnapshotSyncWrapper {
+        /// The command's arguments.
+        data: BlockdevSnapshotSync,
+    }
+}
+
+wire_union! {
+    /// A part of a transaction.
+    pub struct TransactionAction {}
+    /// Which.
+    "type" => pub enum TransactionActionKind as kind {
+        /// Fails: for tests.
+        "abort" Abort(AbortWrapper),
+        /// An open image on top of a disk.
+        "blockdev-snapshot" Snapshot(BlockdevSnapshotWrapper),
+        /// A snapshot inside an image.
+        "blockdev-snapshot-internal-sync" Internal(BlockdevSnapshotInternalWrapper),
+        /// A new image on top of a disk.
+        "blockdev-snapshot-sync" Sync(BlockdevSnapshotSyncWrapper),
+    }
+}
+
+wire_struct! {
+    /// A snapshot inside an image.
+    pub struct SnapshotInfo {
+        /// Unique in the image.
+        id: String,
+        /// What a person calls it.
+        name: String,
+        /// Bytes of the VM's state that are stored with it.
+        "vm-state-size" vm_state_size: u64,
+        /// When it was taken: seconds since 1970…
+        "date-sec" date_sec: u64,
+        /// … and nanoseconds.
+        "date-nsec" date_nsec: u64,
+        /// How long the guest had run: seconds…
+        "vm-clock-sec" vm_clock_sec: u64,
+        /// … and nanoseconds.
+        "vm-clock-nsec" vm_clock_nsec: u64,
+        /// Instructions that the guest had run, if that was counted.
+        icount: Option<u64>,
+    }
+}
+
+/// What is to happen at one moment. The nodes that were opened for it are the user's until then, so
+/// that nobody closes them.
+#[derive(Default)]
+struct Plan {
+    overlays: Vec<Overlay>,
+    inside: Vec<Inside>,
+    opened: Vec<Arc<Node>>,
+}
+
+impl Plan {
+    /// The overlay that is to be on top of `node`.
+    fn over(&self, node: &Arc<Node>) -> Option<&Arc<Node>> {
+        self.overlays.iter().find(|o| Arc::ptr_eq(&o.node, node)).map(|o| &o.over)
+    }
+
+    /// What a drive's node will be.
+    fn top(&self, mut node: Arc<Node>) -> Arc<Node> {
+        while let Some(over) = self.over(&node) {
+            node = over.clone();
+        }
+        node
+    }
+
+    /// Fails when `node` is some other image's backing file, or will be.
+    fn check_free(&self, graph: &Graph, node: &Arc<Node>) -> Result<()> {
+        let of = graph.parents(node).into_iter().find_map(|parent| match parent {
+            Parent::Node(above, edge) if edge.role == "backing" => Some(above.name.clone()),
+            _ => None,
+        });
+        match of.or_else(|| self.over(node).map(|o| o.name.clone())) {
+            Some(of) => bail!("Node '{}' is busy: node is used as backing hd of '{of}'", node.name),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Plans with `prepare`, and does it.
+fn run(cx: &mut Cx, prepare: impl FnOnce(&mut Cx, &mut Plan) -> Result<()>) -> Result<()> {
+    let mut plan = Plan::default();
+    let done = prepare(cx, &mut plan).and_then(|()| cx.vm.graph.snapshot(&plan.overlays, &plan.inside));
+    plan.opened.iter().for_each(|n| cx.vm.graph.disown(n));
+    drop(plan);
+    cx.vm.graph.collect();
+    done
+}
+
+fn blockdev_snapshot_sync(cx: &mut Cx, args: BlockdevSnapshotSync) -> Result<()> {
+    run(cx, |cx, plan| plan_sync(cx, plan, args))
+}
+
+fn blockdev_snapshot(cx: &mut Cx, args: BlockdevSnapshot) -> Result<()> {
+    run(cx, |cx, plan| plan_overlay(cx, plan, args))
+}
+
+fn blockdev_snapshot_internal_sync(cx: &mut Cx, args: BlockdevSnapshotInternal) -> Result<()> {
+    run(cx, |cx, plan| plan_internal(cx, plan, args))
+}
+
+fn transaction(cx: &mut Cx, actions: Vec<TransactionAction>) -> Result<()> {
+    run(cx, |cx, plan| {
+        actions.into_iter().try_for_each(|action| match action.kind {
+            TransactionActionKind::Abort(_) => bail!("Transaction aborted using Abort action"),
+            TransactionActionKind::Snapshot(w) => plan_overlay(cx, plan, w.data),
+            TransactionActionKind::Internal(w) => plan_internal(cx, plan, w.data),
+            TransactionActionKind::Sync(w) => plan_sync(cx, plan, w.data),
+        })
+    })
+}
+
+/// The node that is meant. A drive has the overlay that it will have.
+fn planned(cx: &Cx, plan: &Plan, device: Option<&str>, node: Option<&str>) -> Result<Arc<Node>> {
+    let found = find_node(cx, device, node)?;
+    let by_drive = device.is_some_and(|d| cx.vm.drives.find(d).is_some());
+    Ok(if by_drive { plan.top(found) } else { found })
+}
+
+fn plan_overlay(cx: &mut Cx, plan: &mut Plan, args: BlockdevSnapshot) -> Result<()> {
+    let node = planned(cx, plan, Some(&args.node), Some(&args.node))?;
+    plan.check_free(&cx.vm.graph, &node)?;
+    let over = find_node(cx, Some(&args.overlay), Some(&args.overlay))?;
+    if plan.overlays.iter().any(|o| Arc::ptr_eq(&o.over, &over)) || Arc::ptr_eq(&over, &node) {
+        bail!("The overlay is already in use");
+    }
+    check_overlay(&cx.vm.graph, &over)?;
+    plan.overlays.push(Overlay { node, over });
+    Ok(())
+}
+
+fn plan_sync(cx: &mut Cx, plan: &mut Plan, args: BlockdevSnapshotSync) -> Result<()> {
+    let node = planned(cx, plan, args.device.as_deref(), args.node_name.as_deref())?;
+    plan.check_free(&cx.vm.graph, &node)?;
+    if args.node_name.is_some() && args.name.is_none() {
+        bail!("New overlay node-name missing");
+    }
+    if let Some(name) = &args.name
+        && (cx.vm.graph.find(name).is_some() || cx.vm.drives.find(name).is_some())
+    {
+        bail!("New overlay node-name already in use");
+    }
+    let format = args.format.as_deref().unwrap_or("qcow2");
+    let file = named(&args.file)?;
+    match args.mode.unwrap_or_default() {
+        NewImageMode::Existing => {}
+        NewImageMode::AbsolutePaths if !formats::exists(format) => bail!("Unknown file format '{format}'"),
+        NewImageMode::AbsolutePaths if format != "qcow2" => {
+            bail!("Backing file not supported for file format '{format}'");
+        }
+        NewImageMode::AbsolutePaths => make(cx, &node, file.clone())?,
+    }
+    if !formats::exists(format) {
+        bail!("Unknown driver '{format}'");
+    }
+    let options = node.options;
+    let mut over = json!({
+        "driver": format,
+        "file": file,
+        "cache": { "direct": options.direct, "no-flush": options.no_flush, "writeback": options.writeback },
+        "discard": if options.unmap { "unmap" } else { "ignore" },
+    });
+    if format == "qcow2" {
+        over["backing"] = Value::Null;
+    }
+    if let Some(name) = args.name {
+        over["node-name"] = name.into();
+    }
+    let spec = formats::plan(BlockdevOptions::take(over, &Path::Root)?)?;
+    let over = open::add(&mut cx.vm.graph, &Formats::new(&mut cx.vm.fds), spec)?;
+    plan.opened.push(over.clone());
+    check_overlay(&cx.vm.graph, &over)?;
+    plan.overlays.push(Overlay { node, over });
+    Ok(())
+}
+
+/// Creates a qcow2 image in `file` (a protocol node's options) whose backing file is what `node`
+/// shows.
+fn make(cx: &mut Cx, node: &Arc<Node>, mut file: Value) -> Result<()> {
+    let path = file["filename"].as_str().unwrap_or_default().to_string();
+    let says = |e: &std::io::Error| Error::new(format!("Could not create '{path}': {}", strerror(e)));
+    if file["driver"] == "file" && !path.starts_with("/dev/fdset/") {
+        // A file that is there loses its contents only below, with a lock on it.
+        let mut how = std::fs::OpenOptions::new();
+        how.read(true).write(true).create(true).truncate(false).mode(0o644);
+        how.open(&path).map_err(|e| says(&e))?;
+    }
+    let name = file_name(node);
+    let name = match std::path::absolute(&name) {
+        // The name is to be found from the new image's folder, too.
+        Ok(full) if !name.starts_with("json:") => full.to_string_lossy().into_owned(),
+        _ => name,
+    };
+    file["node-name"] = "new".into();
+    let mut graph = Graph::new();
+    let spec = formats::plan(BlockdevOptions::take(file, &Path::Root)?)?;
+    let below = open::add(&mut graph, &Formats::new(&mut cx.vm.fds), spec)?;
+    let whole = crate::block::handle::HandleSpec {
+        uses: driver::Perm::WRITE | driver::Perm::RESIZE,
+        shares: driver::Perm::NONE,
+        ..Default::default()
+    };
+    let user = graph.attach(Some(below.clone()), whole)?;
+    let options = CreateOptions {
+        size: node.len().next_multiple_of(512),
+        backing_file: Some(name),
+        backing_format: Some(node.driver.name().to_string()),
+        ..CreateOptions::default()
+    };
+    let made = below.resize(0).and_then(|()| create(&below, &options));
+    drop((below, user));
+    graph.close_all();
+    made.map_err(|e| says(&e))
+}
+
+fn plan_internal(cx: &mut Cx, plan: &mut Plan, args: BlockdevSnapshotInternal) -> Result<()> {
+    let BlockdevSnapshotInternal { device, name } = args;
+    let node = find_root(cx, &device)?;
+    plan.check_free(&cx.vm.graph, &node)?;
+    if node.read_only() {
+        bail!("Device '{device}' is read only");
+    }
+    let Some(internal) = node.driver.internal() else {
+        let format = node.driver.name();
+        bail!("Block format '{format}' used by device '{device}' does not support internal snapshots");
+    };
+    if name.is_empty() {
+        bail!("Name is empty");
+    }
+    let list = internal.snapshots().map_err(|e| list_error(&e))?;
+    let planned = plan.inside.iter().any(|i| Arc::ptr_eq(&i.node, &node) && i.snapshot.name == name);
+    if planned || list.iter().any(|s| s.name == name) {
+        bail!("Snapshot with name '{name}' already exists on device '{device}'");
+    }
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let snapshot = driver::Snapshot {
+        name,
+        date_sec: u32::try_from(now.as_secs()).unwrap_or(u32::MAX),
+        date_nsec: now.subsec_nanos(),
+        ..driver::Snapshot::default()
+    };
+    plan.inside.push(Inside { node, device, snapshot });
+    Ok(())
+}
+
+fn list_error(e: &std::io::Error) -> Error {
+    Error::new(format!("Failed to get a snapshot list: {}", strerror(e)))
+}
+
+fn delete_internal(
+    cx: &mut Cx,
+    device: String,
+    id: Option<String>,
+    name: Option<String>,
+) -> Result<SnapshotInfo> {
+    let node = find_root(cx, &device)?;
+    if id.is_none() && name.is_none() {
+        bail!("Name or id must be provided");
+    }
+    let Some(internal) = node.driver.internal() else {
+        return Err(list_error(&std::io::Error::from_raw_os_error(libc::ENOTSUP)));
+    };
+    if node.read_only() {
+        bail!("Device '{device}' is read only");
+    }
+    let quiesced = cx.vm.graph.quiesce(&[&node], &[]);
+    let gone = internal.delete_snapshot(id.as_deref(), name.as_deref());
+    drop(quiesced);
+    let (id, name) = (id.as_deref().unwrap_or("null"), name.as_deref().unwrap_or("null"));
+    match gone {
+        Ok(s) => Ok(SnapshotInfo {
+            id: s.id,
+            name: s.name,
+            vm_state_size: s.vm_state_size,
+            date_sec: s.date_sec.into(),
+            date_nsec: s.date_nsec.into(),
+            vm_clock_sec: s.vm_clock_nsec / 1_000_000_000,
+            vm_clock_nsec: s.vm_clock_nsec % 1_000_000_000,
+            icount: s.icount,
+        }),
+        Err(e) if e.raw_os_error() == Some(libc::ENOENT) => {
+            bail!("Snapshot with id '{id}' and name '{name}' does not exist on device '{device}'")
+        }
+        Err(e) => bail!("Failed to delete snapshot on device '{device}': {}", strerror(&e)),
+    }
+}
+
+#[cfg(test)]
+#[path = "cmd_snapshot_test.rs"]
+mod tests;

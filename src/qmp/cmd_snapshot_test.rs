@@ -1,0 +1,156 @@
+use crate::block::testing::{Scratch, qemu};
+use crate::qmp::cmd_blockdev::tests::Qmp;
+use serde_json::{Value, json};
+
+/// Drives `d0`, `d1`, … on new images of 1 MiB, made by the command under test's own code.
+fn drives(q: &mut Qmp, dir: &Scratch, count: usize) {
+    for n in 0..count {
+        let raw = dir.file(&format!("d{n}.raw"), 1 << 20);
+        let args = json!({"id": format!("d{n}"), "if": "none", "file": raw, "format": "raw",
+                          "node-name": format!("n{n}")});
+        q.vm.add_drive(args.as_object().unwrap().clone()).unwrap();
+    }
+}
+
+fn say(q: &mut Qmp, line: &str) {
+    assert_eq!(q.ok("human-monitor-command", json!({"command-line": line})), "");
+}
+
+/// The names of the nodes that drives have, by drive.
+fn tops(q: &mut Qmp) -> Vec<String> {
+    let drives = q.ok("query-block", json!({}));
+    let name = |d: &Value| d["inserted"]["node-name"].as_str().unwrap().to_string();
+    drives.as_array().unwrap().iter().map(name).collect()
+}
+
+fn count(q: &Qmp) -> usize {
+    q.vm.graph.nodes().count()
+}
+
+#[test]
+fn an_overlay_on_a_raw_disk_is_what_qemu_img_thinks_it_is() {
+    let dir = Scratch::new("cmd-snap");
+    let mut q = Qmp::new();
+    drives(&mut q, &dir, 1);
+    say(&mut q, "qemu-io d0 \"write -q -P 1 0 64k\"");
+    let path = dir.path("o.qcow2");
+    q.ok("blockdev-snapshot-sync", json!({"device": "d0", "snapshot-file": path, "snapshot-node-name": "o"}));
+    say(&mut q, "qemu-io d0 \"write -q -P 2 0 512\"");
+    assert_eq!(std::fs::read(dir.path("d0.raw")).unwrap()[0], 1);
+    assert_eq!(tops(&mut q), ["o"]);
+    q.vm.drives.clear();
+    q.vm.graph.close_all();
+    let Some(tool) = qemu("qemu-img") else { return };
+    let run = |args: &[&str]| {
+        let done = std::process::Command::new(&tool).args(args).output().unwrap();
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+        serde_json::from_slice::<Value>(&done.stdout).unwrap()
+    };
+    let info = run(&["info", "--output=json", &path]);
+    assert_eq!(info["backing-filename"], dir.path("d0.raw"));
+    assert_eq!(info["backing-filename-format"], "raw");
+    assert_eq!(info["virtual-size"], 1 << 20);
+    run(&["check", "--output=json", &path]);
+}
+
+#[test]
+fn a_transaction_happens_as_a_whole_or_not_at_all() {
+    let dir = Scratch::new("cmd-txn");
+    let mut q = Qmp::new();
+    drives(&mut q, &dir, 2);
+    let sync = |device: &str, name: &str| {
+        let data = json!({"device": device, "snapshot-file": dir.path(name), "snapshot-node-name": name});
+        json!({"type": "blockdev-snapshot-sync", "data": data})
+    };
+    let abort = json!({"type": "abort", "data": {}});
+    q.ok("transaction", json!({"actions": []}));
+    let nodes = count(&q);
+    for (actions, want) in [
+        (json!([abort]), "Transaction aborted using Abort action"),
+        (json!([sync("d0", "a"), sync("d1", "b"), abort]), "Transaction aborted using Abort action"),
+        (json!([sync("d0", "a"), sync("nope", "b")]), "Cannot find device='nope' nor node-name=''"),
+        (json!([sync("d0", "a"), sync("d1", "a")]), "New overlay node-name already in use"),
+        (
+            json!([sync("d0", "a"), {"type": "blockdev-snapshot", "data": {"node": "n0", "overlay": "n1"}}]),
+            "Node 'n0' is busy: node is used as backing hd of 'a'",
+        ),
+        (
+            json!([sync("d0", "a"), {"type": "blockdev-snapshot", "data": {"node": "n1", "overlay": "a"}},
+                   {"type": "blockdev-snapshot", "data": {"node": "n1", "overlay": "n1"}}]),
+            "The overlay is already in use",
+        ),
+        (json!([{"type": "nope", "data": {}}]), "Parameter 'type' does not accept value 'nope'"),
+    ] {
+        let said = q.err("transaction", json!({"actions": actions}));
+        assert!(said.ends_with(want), "{said} instead of {want}");
+        assert_eq!((tops(&mut q), count(&q)), (vec!["n0".to_string(), "n1".into()], nodes), "{want}");
+    }
+    // One on top of the other, in one transaction: a drive means what it will have.
+    let both = json!([sync("d0", "a"), sync("d1", "b"), sync("d0", "c")]);
+    q.ok("transaction", json!({"actions": both}));
+    assert_eq!(tops(&mut q), ["c", "b"]);
+    let chain = q.ok("query-block", json!({}))[0]["inserted"]["backing_file_depth"].clone();
+    assert_eq!(chain, 2);
+    // A node means itself.
+    let data = json!({"node-name": "a", "snapshot-file": dir.path("e"), "snapshot-node-name": "e"});
+    let action = json!([{"type": "blockdev-snapshot-sync", "data": data}]);
+    let e = q.err("transaction", json!({"actions": action}));
+    assert_eq!(e, "Node 'a' is busy: node is used as backing hd of 'c'");
+    // What was made is closed with the drives.
+    q.vm.drives.clear();
+    q.vm.graph.close_all();
+    assert_eq!(count(&q), 0);
+}
+
+#[test]
+fn the_image_of_a_running_disk_is_not_overwritten() {
+    let dir = Scratch::new("cmd-snap-own");
+    let mut q = Qmp::new();
+    drives(&mut q, &dir, 1);
+    say(&mut q, "qemu-io d0 \"write -q -P 1 0 64k\"");
+    let before = std::fs::read(dir.path("d0.raw")).unwrap();
+    let e = q.err("blockdev-snapshot-sync", json!({"device": "d0", "snapshot-file": dir.path("d0.raw")}));
+    assert!(e.contains("lock"), "{e}");
+    assert_eq!(std::fs::read(dir.path("d0.raw")).unwrap(), before);
+    assert_eq!(tops(&mut q), ["n0"]);
+}
+
+#[test]
+fn thresholds_and_names_of_backing_files() {
+    let dir = Scratch::new("cmd-threshold");
+    let mut q = Qmp::new();
+    drives(&mut q, &dir, 1);
+    q.ok("block-set-write-threshold", json!({"node-name": "n0", "write-threshold": 4096}));
+    say(&mut q, "qemu-io d0 \"write -q 0 4096\"");
+    assert!(q.vm.events.take().is_empty());
+    say(&mut q, "qemu-io d0 \"write -q 4096 512\"");
+    say(&mut q, "qemu-io d0 \"write -q 8192 512\"");
+    for event in q.vm.events.take() {
+        q.vm.handle(event);
+    }
+    let data = json!({"node-name": "n0", "amount-exceeded": 512, "write-threshold": 4096});
+    let sent: Vec<_> = q.vm.outbox.iter().map(|e| (e.name, json!(e.data))).collect();
+    assert_eq!(sent, [("BLOCK_WRITE_THRESHOLD", data)]);
+    q.ok(
+        "blockdev-snapshot-sync",
+        json!({"device": "d0", "snapshot-file": dir.path("o"), "snapshot-node-name": "o"}),
+    );
+    let args = |image: &str, name: &str| json!({"device": "d0", "image-node-name": image, "backing-file": name});
+    let e = q.err("change-backing-file", args("n0", "x"));
+    assert_eq!(e, "not allowing backing file change on an image without a backing file");
+    q.ok("change-backing-file", args("o", "other.raw"));
+    let shown = q.ok("query-block", json!({}));
+    let image = &shown[0]["inserted"]["image"];
+    assert_eq!(image["full-backing-filename"], dir.path("other.raw"));
+    // One below stays read-only.
+    q.ok(
+        "blockdev-snapshot-sync",
+        json!({"device": "d0", "snapshot-file": dir.path("p"), "snapshot-node-name": "p"}),
+    );
+    q.ok("change-backing-file", args("o", "third.raw"));
+    let o = q.vm.graph.find("o").unwrap();
+    assert!(o.read_only());
+    assert_eq!(o.driver.info().backing_filename.as_deref(), Some("third.raw"));
+    let e = q.err("change-backing-file", args("p", &"x".repeat(1024)));
+    assert!(e.ends_with("': Invalid argument"), "{e}");
+}
