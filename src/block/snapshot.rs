@@ -57,9 +57,8 @@ impl Graph {
             // A guest's flush after this goes to the overlay only.
             let mut writable = at.iter().filter(|n| !n.read_only());
             writable.try_for_each(|n| {
-                n.flush().map_err(|e| {
-                    Error::new(format!("Could not flush node '{}': {}", n.name, strerror(&e)))
-                })
+                n.flush()
+                    .map_err(|e| Error::new(format!("Could not flush node '{}': {}", n.name, strerror(&e))))
             })
         };
         flush()?;
@@ -88,7 +87,8 @@ impl Graph {
         done?;
         for o in overlays {
             if o.over.len() != o.node.len() {
-                let above = self.handles().iter().filter(|h| h.node().is_some_and(|n| is_above(&n, &[&o.over])));
+                let above =
+                    self.handles().iter().filter(|h| h.node().is_some_and(|n| is_above(&n, &[&o.over])));
                 above.for_each(|h| h.resized());
             }
             if let Err(e) = self.set_read_only(&o.node, true) {

@@ -95,10 +95,8 @@ fn a_snapshot_that_fails_changes_nothing() {
     let disk = graph.attach(Some(a.clone()), HandleSpec::default()).unwrap();
     put(&disk, 0, 7, 512);
     // The second cannot be: it would be its own backing file.
-    let list = [
-        Overlay { node: a.clone(), over: over.clone() },
-        Overlay { node: b.clone(), over: b.clone() },
-    ];
+    let list =
+        [Overlay { node: a.clone(), over: over.clone() }, Overlay { node: b.clone(), over: b.clone() }];
     let e = graph.snapshot(&list, &[inside(&a, "one"), inside(&b, "two")]).unwrap_err();
     assert!(e.desc.contains("its own child"), "{e}");
     assert!(Arc::ptr_eq(&disk.node().unwrap(), &a));

@@ -6,10 +6,10 @@ use super::schema::Cx;
 use crate::block::graph::Parent;
 use crate::block::node::Node;
 use crate::block::open;
-use crate::{bail, commands};
 use crate::control::formats::{self, BlockdevDriver, BlockdevOptions, Formats};
 use crate::error::{Error, Result, strerror};
 use crate::event::Event;
+use crate::{bail, commands};
 use std::sync::Arc;
 
 commands! {

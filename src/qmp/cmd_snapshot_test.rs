@@ -135,7 +135,8 @@ fn thresholds_and_names_of_backing_files() {
         "blockdev-snapshot-sync",
         json!({"device": "d0", "snapshot-file": dir.path("o"), "snapshot-node-name": "o"}),
     );
-    let args = |image: &str, name: &str| json!({"device": "d0", "image-node-name": image, "backing-file": name});
+    let args =
+        |image: &str, name: &str| json!({"device": "d0", "image-node-name": image, "backing-file": name});
     let e = q.err("change-backing-file", args("n0", "x"));
     assert_eq!(e, "not allowing backing file change on an image without a backing file");
     q.ok("change-backing-file", args("o", "other.raw"));
