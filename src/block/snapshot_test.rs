@@ -26,7 +26,7 @@ fn image(graph: &mut Graph, dir: &Scratch, name: &str, size: u64) -> Arc<Node> {
     let below = open::add(&mut alone, &NoEnv, Plan { common: named("new"), ..file(&path) }).unwrap();
     let user = HandleSpec { shares: crate::block::driver::Perm::NONE, ..HandleSpec::default() };
     let user = alone.attach(Some(below.clone()), user).unwrap();
-    create(&below, &CreateOptions { size, ..CreateOptions::default() }).unwrap();
+    create(&below, None, &CreateOptions { size, ..CreateOptions::default() }).unwrap();
     drop((below, user));
     alone.close_all();
     let driver = Qcow2Plan { backing: Backing::Nothing, ..Qcow2Plan::new(Child::New(Box::new(file(&path)))) };

@@ -14,7 +14,7 @@ fn memory() -> (Arc<Node>, Arc<MemState>) {
 
 fn image(options: &CreateOptions) -> (Qcow2, Arc<MemState>) {
     let (node, state) = memory();
-    create(&node, options).unwrap();
+    create(&node, None, options).unwrap();
     let (file, backing) = (Edge::new("file", Some(node)), Edge::new("backing", None));
     (open(file, backing, None, Options::default()).unwrap(), state)
 }

@@ -338,7 +338,7 @@ fn make(cx: &mut Cx, node: &Arc<Node>, mut file: Value) -> Result<()> {
         backing_format: Some(node.driver.name().to_string()),
         ..CreateOptions::default()
     };
-    let made = below.resize(0).and_then(|()| create(&below, &options));
+    let made = create(&below, None, &options);
     drop((below, user));
     graph.close_all();
     made.map_err(|e| says(&e))
