@@ -1,10 +1,9 @@
 //! The control thread's loop: one poll(2) over the inbox, the signals and the sources.
 //!
 //! Owns: the poll set and its order of work. Never: knows what a source is (the QMP server stands
-//! on a floor above) or what an event leads to ([`Vm::handle`]). Threads: control. Locks: none.
+//! on a floor above) or what an event leads to ([`Vm::take_events`]). Threads: control. Locks: none.
 
 use super::vm::{Cause, Vm};
-use crate::event::Event;
 use crate::sys::poll::{PollSet, Signals};
 use std::io;
 use std::os::fd::AsRawFd;
@@ -45,17 +44,7 @@ pub fn run(vm: &mut Vm, signals: &Signals, sources: &mut [&mut dyn Source]) -> i
             }
         }
         if set.ready(inbox) != 0 {
-            let mut reset = false;
-            for event in vm.events.take() {
-                // Nothing happens after the end: clients have been told SHUTDOWN.
-                if vm.exit().is_some() {
-                    break;
-                }
-                // Several processors may ask for the same reset.
-                if event != Event::Reset || !std::mem::replace(&mut reset, true) {
-                    vm.handle(event);
-                }
-            }
+            vm.take_events();
         }
         sources.iter_mut().for_each(|s| s.dispatch(vm, &set));
         if let Some(status) = vm.exit() {

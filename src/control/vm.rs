@@ -229,6 +229,9 @@ impl Vm {
         if self.run_state.is_running() {
             return Ok(());
         }
+        // A request that failed before the stop is told before it is tried again: told later, it
+        // would stop the VM once more for an error that is over.
+        self.take_events();
         if self.run_state.needs_reset() {
             return Err(Error::new("Resetting the Virtual Machine is required"));
         }
@@ -333,6 +336,21 @@ impl Vm {
             ShutdownAction::Pause => {
                 self.emit("SHUTDOWN", cause.data());
                 self.stop(RunState::Shutdown);
+            }
+        }
+    }
+
+    /// Does what the other threads' events lead to.
+    pub fn take_events(&mut self) {
+        let mut reset = false;
+        for event in self.events.take() {
+            // Nothing happens after the end: clients have been told SHUTDOWN.
+            if self.exit.is_some() {
+                break;
+            }
+            // Several processors may ask for the same reset.
+            if event != Event::Reset || !std::mem::replace(&mut reset, true) {
+                self.handle(event);
             }
         }
     }

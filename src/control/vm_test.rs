@@ -94,6 +94,15 @@ fn a_failing_disk_stops_the_vm_only_when_its_policy_says_so() {
     assert!(!data.contains_key("node-name"));
     vm.cont().unwrap();
     assert_eq!(vm.run_state, RunState::Running);
+
+    // It fails just when a client stops the VM and lets it go on at once.
+    vm.stop(RunState::Paused);
+    vm.outbox.clear();
+    vm.events.post(error(ErrorAction::Stop));
+    vm.cont().unwrap();
+    vm.take_events();
+    assert_eq!(vm.run_state, RunState::Running);
+    assert_eq!(vm.outbox.iter().map(|e| e.name).collect::<Vec<_>>(), ["BLOCK_IO_ERROR", "RESUME"]);
 }
 
 #[test]
