@@ -1,5 +1,6 @@
 use super::*;
 use crate::control::vm::Settings;
+use crate::event::Event;
 
 #[test]
 fn nothing_happens_after_the_end() {
