@@ -280,7 +280,9 @@ fn threads(seed: u64, steps: u64, bug: Option<Mutant>) {
                             9..11 => {
                                 let data: Vec<u8> =
                                     (sector..sector + n).flat_map(|s| contents(t as u32 + 1, s)).collect();
-                                write(image, sector * 512, &data).expect("write");
+                                let flags = if rng.one_in(3) { Flags::COMPRESSED } else { Flags::NONE };
+                                let from = minivmm::sys::iov::Iov::from_slice(&data);
+                                image.write(sector * 512, &from, flags).expect("write");
                             }
                             11 | 12 => image.discard(sector * 512, n * 512).expect("discard"),
                             13 => {
