@@ -422,3 +422,60 @@ fn chains_open_by_their_recorded_names() {
     drop(node);
     assert!(std::fs::read(&top).unwrap() == before);
 }
+
+/// Clusters smaller than the blocks of a disk that bypasses the page cache: several threads
+/// change different clusters of one block.
+#[test]
+fn small_clusters_on_a_direct_file() {
+    use minivmm::block::graph::Graph;
+    use minivmm::control::formats::{BlockdevOptions, Formats, plan};
+    use minivmm::qapi::{Path, Wire};
+    use minivmm::sys::iov::{Iov, IovMut};
+    use serde_json::json;
+    let dir = Dir::new("direct");
+    let path = dir.path("image.qcow2");
+    let options = CreateOptions { size: 1 << 20, cluster_size: 512, ..base() };
+    let disk = fresh(&options);
+    dir.save("image.qcow2", &disk);
+    let options = json!({"driver": "qcow2", "node-name": "top", "discard": "unmap",
+        "file": {"driver": "file", "filename": path.to_str().unwrap(), "cache": {"direct": true}}});
+    let mut fds = minivmm::sys::fdset::FdSets::new();
+    let mut graph = Graph::new();
+    let options = BlockdevOptions::take(options, &Path::Root).unwrap();
+    let node = match minivmm::block::open::add(&mut graph, &Formats::new(&mut fds), plan(options).unwrap()) {
+        Ok(node) => node,
+        Err(e) if e.to_string().contains("O_DIRECT") => return eprintln!("skipped: {e}"),
+        Err(e) => panic!("{e}"),
+    };
+    std::thread::scope(|s| {
+        for t in 0..4u64 {
+            let node = &node;
+            s.spawn(move || {
+                let mut rng = Rng::new(t + 1);
+                let mut last = [0u8; 250];
+                for _ in 0..250 {
+                    let slot = rng.below(250);
+                    let off = (slot * 4 + t) * 1000;
+                    if rng.one_in(3) {
+                        let mut buf = vec![0xaa; 1000];
+                        node.read(off, &mut IovMut::from_slice(&mut buf)).unwrap();
+                        assert!(buf.iter().all(|b| *b == last[slot as usize]), "slot {slot} of {t}");
+                    } else {
+                        last[slot as usize] = rng.draw() as u8;
+                        let data = [last[slot as usize]; 1000];
+                        node.write(off, &Iov::from_slice(&data), Flags::NONE).unwrap();
+                    }
+                    if rng.one_in(40) {
+                        node.flush().unwrap();
+                    }
+                }
+            });
+        }
+    });
+    node.driver.close().unwrap();
+    drop(node);
+    drop(graph);
+    if have_qemu() {
+        qemu_check(&path, false);
+    }
+}
