@@ -77,7 +77,9 @@ impl Disk {
         if most > 0 {
             let n = self.writes.fetch_add(1, Ordering::Relaxed);
             let mixed = n.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
-            std::thread::sleep(Duration::from_micros(mixed % most));
+            // Now and then one that much happens during.
+            let long = if mixed.is_multiple_of(61) { 60 } else { 1 };
+            std::thread::sleep(Duration::from_micros(mixed % most * long));
         }
     }
 
