@@ -13,12 +13,6 @@ use minivmm::qmp::introspect;
 use minivmm::{startup, sys};
 use std::io::Write;
 
-// The unwinder from the compiler's archive instead of its shared library: to find, map, relocate and
-// initialize that library is 5 % of the CPU time of a tiny VM's life.
-#[cfg(target_env = "gnu")]
-#[link(name = "gcc_eh")]
-unsafe extern "C" {}
-
 /// What the C library calls.
 #[cfg(target_env = "gnu")]
 #[unsafe(no_mangle)]
