@@ -2,6 +2,9 @@
 //! where it is installed. Every comparison runs the sides in turn, A B A B, in one run of this program, and is printed
 //! as a ratio of medians: machines differ and drift, ratios less so.
 //!
+//! On a machine that does other things as well, start, fleet and qmp are best run in a real-time class
+//! (`chrt -f 10 just bench start fleet qmp`): else they measure the others.
+//!
 //!     cargo bench --bench bench -- [start|memory|fleet|qmp|disk] … [rounds=N]
 
 mod disk;

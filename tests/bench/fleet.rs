@@ -1,6 +1,6 @@
 //! A hundred VMs, four at a time, each from exec to exit: VMs per second, and CPU time of each.
 
-use crate::util::{Bench, median, report, vm};
+use crate::util::{Bench, median, report};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
@@ -32,7 +32,7 @@ fn fleet(make: impl Fn() -> Command + Sync) -> (f64, f64) {
 }
 
 pub fn run(b: &Bench) {
-    let config = b.config("fleet.toml", &vm("first"));
+    let config = b.config("fleet.toml", &b.least_vm());
     let (mut ours, mut least) = (vec![], vec![]);
     for _ in 0..5 {
         least.push(fleet(|| {

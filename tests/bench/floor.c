@@ -81,6 +81,11 @@ int main(int argc, char **argv)
 		if (run->io.port == 0xe9)
 			check(write(1, (uint8_t *)run + run->io.data_offset, 1), "write");
 		else
-			return 0;
+			break;
 	}
+	/* A process that ends with its VM open may wait for two grace periods of the kernel's, not one. */
+	munmap(run, mapped);
+	close(cpu);
+	close(vm);
+	return 0;
 }

@@ -23,21 +23,23 @@ fn once(mut command: Command) -> (f64, f64) {
 pub fn run(b: &Bench) {
     let disk = b.dir.join("start.raw");
     std::fs::File::create(&disk).and_then(|f| f.set_len(16 << 20)).expect("disk");
-    let bare = b.config("start.toml", &vm("first"));
+    let bare = b.config("start.toml", &b.least_vm());
+    let tiny = b.config("start-tiny.toml", &vm("first"));
     let with = b.config(
         "start-disk.toml",
-        &(vm("first") + &format!("[[drive]]\nif = \"virtio\"\nformat = \"raw\"\nfile = {disk:?}\n[[device]]\ndriver = \"virtio-rng-pci\"\n")),
+        &(b.least_vm() + &format!("[[drive]]\nif = \"virtio\"\nformat = \"raw\"\nfile = {disk:?}\n[[device]]\ndriver = \"virtio-rng-pci\"\n")),
     );
     let floor = || {
         let mut c = Command::new(&b.floor);
         c.arg("128");
         c
     };
-    let (mut ours, mut disks, mut least, mut qemu) = (vec![], vec![], vec![], vec![]);
+    let (mut ours, mut tinies, mut disks, mut least, mut qemu) = (vec![], vec![], vec![], vec![], vec![]);
     for _ in 0..b.rounds {
         least.push(once(floor()));
         ours.push(once(b.minivmm(&bare)));
         disks.push(once(b.minivmm(&with)));
+        tinies.push(once(b.minivmm(&tiny)));
         if b.qemu {
             qemu.push(once(b.qemu_microvm("first", &[])));
         }
@@ -48,7 +50,16 @@ pub fn run(b: &Bench) {
     report("exec to first byte, disk and rng", "ms", first(&disks), "floor", first(&least), "");
     report("exec to exit", "ms", whole(&ours), "floor", whole(&least), "goal <= 2");
     report("exec to exit, disk and rng", "ms", whole(&disks), "floor", whole(&least), "");
+    report("exec to first byte, tiny guest", "ms", first(&tinies), "floor", first(&least), "");
+    report("exec to exit, tiny guest", "ms", whole(&tinies), "floor", whole(&least), "");
     if b.qemu {
-        report("exec to first byte", "ms", first(&ours), "QEMU microvm", first(&qemu), "goal <= 0.15");
+        report(
+            "exec to first byte, tiny guest",
+            "ms",
+            first(&tinies),
+            "QEMU microvm",
+            first(&qemu),
+            "goal <= 0.15",
+        );
     }
 }
