@@ -12,6 +12,7 @@ use super::driver::Perm;
 use super::handle::{Handle, HandleSpec};
 use super::node::{Edge, Node};
 use super::perm::{self, Use};
+use super::throttle::{Group, Member};
 use crate::bail;
 use crate::error::{Error, Result};
 use std::sync::Arc;
@@ -81,6 +82,15 @@ impl Quiesced {
 pub(super) fn is_above(node: &Arc<Node>, at: &[&Arc<Node>]) -> bool {
     at.iter().any(|n| Arc::ptr_eq(n, node))
         || node.driver.edges().iter().any(|e| e.node().is_some_and(|n| is_above(&n, at)))
+}
+
+/// Requests that would wait for their limits do not; dropping it ends that.
+pub struct Hurry(Vec<Arc<Member>>);
+
+impl Drop for Hurry {
+    fn drop(&mut self) {
+        self.0.iter().for_each(|m| m.exempt(false));
+    }
 }
 
 /// A letter first, then letters, digits and `-._` (QEMU's id_wellformed).
@@ -336,6 +346,7 @@ impl Graph {
 
     /// Takes a handle away. Its users get ENOMEDIUM from now on.
     pub fn detach(&mut self, handle: &Arc<Handle>) {
+        handle.throttle(None);
         handle.gate.close();
         handle.gate.wait_empty();
         handle.root.set(None);
@@ -408,6 +419,22 @@ impl Graph {
             handle.resized();
         }
         Ok(done?)
+    }
+
+    // ---- limits
+
+    /// The group of that name, which some disk is in, or a new one.
+    pub fn throttle_group(&self, name: &str) -> Arc<Group> {
+        let mut members = self.handles.iter().filter_map(|h| h.throttled());
+        let found = members.find(|m| m.group().name == name);
+        found.map_or_else(|| Group::new(name), |m| m.group().clone())
+    }
+
+    /// Before somebody waits for requests to end: nobody waits for limits as long as it lives.
+    pub fn hurry(&self) -> Hurry {
+        let members: Vec<_> = self.handles.iter().filter_map(|h| h.throttled()).collect();
+        members.iter().for_each(|m| m.exempt(true));
+        Hurry(members)
     }
 
     // ---- permissions

@@ -28,6 +28,7 @@ use super::driver::{Extent, Flags, Limits, Perm};
 use super::gate::Gate;
 use super::node::{Edge, Node, errno};
 use super::stats::{Kind, Stats};
+use super::throttle::Member;
 use crate::event::{BlockIoError, ErrorAction, Event, Events};
 use crate::sys::iov::{Iov, IovMut};
 use std::io;
@@ -179,6 +180,9 @@ pub struct Handle {
     /// Counters of `query-blockstats`.
     pub stats: Stats,
     write_cache: AtomicBool,
+    /// There is a `throttle`: so that a request need not lock to see that there is none.
+    limited: AtomicBool,
+    throttle: Mutex<Option<Arc<Member>>>,
     policy: Mutex<(OnError, OnError)>,
     io_status: AtomicU8,
     owner: Mutex<Owner>,
@@ -202,6 +206,8 @@ impl Handle {
             shares: AtomicU8::new(spec.shares.0),
             stats: Stats::default(),
             write_cache: AtomicBool::new(spec.write_cache),
+            limited: AtomicBool::new(false),
+            throttle: Mutex::new(None),
             policy: Mutex::new((spec.rerror, spec.werror)),
             io_status: AtomicU8::new(0),
             owner: Mutex::new(Owner::default()),
@@ -224,6 +230,13 @@ impl Handle {
     pub fn submit(&self, request: Request, counted: bool) -> io::Result<()> {
         let (kind, bytes) = request.kind();
         let clock = self.stats.clock();
+        // Without a ticket in hand.
+        if self.limited.load(Ordering::Acquire)
+            && matches!(kind, Kind::Read | Kind::Write)
+            && let Some(member) = self.throttled()
+        {
+            member.wait(kind == Kind::Read, bytes);
+        }
         let done = self.with(|n| self.perform(n, request));
         if counted {
             self.stats.done(kind, bytes, clock, done.is_ok());
@@ -379,6 +392,20 @@ impl Handle {
     /// Sets the policy for failed reads and for all others.
     pub fn set_policy(&self, rerror: OnError, werror: OnError) {
         *lock(&self.policy) = (rerror, werror);
+    }
+
+    /// The group whose limits hold for this disk, and its place there.
+    pub fn throttled(&self) -> Option<Arc<Member>> {
+        lock(&self.throttle).clone()
+    }
+
+    /// Puts the disk into another group, or into none. Requests that wait go on.
+    pub fn throttle(&self, member: Option<Arc<Member>>) {
+        self.limited.store(member.is_some(), Ordering::Release);
+        let old = std::mem::replace(&mut *lock(&self.throttle), member);
+        if let Some(old) = old {
+            old.exempt(true);
+        }
     }
 
     /// Legacy drive name, or "".

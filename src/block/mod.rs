@@ -23,3 +23,4 @@ pub mod snapshot;
 pub mod stats;
 #[cfg(test)]
 pub mod testing;
+pub mod throttle;

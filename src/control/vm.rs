@@ -244,6 +244,7 @@ impl Vm {
 
     /// Resets the machine. A VM that does not run goes to `prelaunch`.
     pub fn reset(&mut self, cause: Cause) {
+        let hurry = self.graph.hurry();
         if self.run_state.is_running() {
             self.halt();
         } else {
@@ -256,6 +257,7 @@ impl Vm {
         if let Some(board) = &self.board {
             board.reset();
         }
+        drop(hurry);
         let done = self.machine.as_mut().map_or(Ok(()), Machine::reset);
         self.emit("RESET", cause.data());
         match done {
@@ -275,6 +277,7 @@ impl Vm {
 
     /// The processors first, so that no device is given work; then the devices.
     fn halt(&mut self) {
+        let _hurry = self.graph.hurry();
         if let Some(machine) = &mut self.machine {
             machine.pause();
         }
@@ -296,6 +299,7 @@ impl Vm {
     /// The end: nothing runs any more, and all disks are written back and closed. The first error
     /// of a disk is returned.
     pub fn shut_down(&mut self) -> io::Result<()> {
+        let _hurry = self.graph.hurry();
         // The threads end where they would pause: to pause first would only wait twice.
         if let Some(machine) = &mut self.machine {
             machine.stop();

@@ -11,6 +11,7 @@ use crate::block::handle::{Handle, IoStatus};
 use crate::block::node::{DetectZeroes, Node};
 use crate::block::open::combine;
 use crate::block::stats::{Kind, Stats};
+use crate::block::throttle::Which;
 use crate::commands;
 use crate::control::formats::BlockdevDetectZeroesOptions;
 use crate::error::Result;
@@ -141,6 +142,12 @@ fn image_info(node: &Node, flat: bool) -> ImageInfo {
 
 fn device_info(node: &Node, handle: Option<&Handle>, flat: bool) -> BlockDeviceInfo {
     let image = image_info(node, flat);
+    let member = handle.and_then(Handle::throttled);
+    let limits = member.as_ref().map(|m| m.group().limits()).unwrap_or_default();
+    let burst = |which| {
+        let limit = limits.get(which);
+        (limit.max > 0).then_some((limit.max.cast_signed(), limit.length.cast_signed()))
+    };
     let chain = std::iter::successors(child(node, "backing"), |n| child(n, "backing"));
     BlockDeviceInfo {
         file: image.filename.clone(),
@@ -157,12 +164,26 @@ fn device_info(node: &Node, handle: Option<&Handle>, flat: bool) -> BlockDeviceI
             DetectZeroes::On => BlockdevDetectZeroesOptions::On,
             DetectZeroes::Unmap => BlockdevDetectZeroesOptions::Unmap,
         },
-        bps: 0,
-        bps_rd: 0,
-        bps_wr: 0,
-        iops: 0,
-        iops_rd: 0,
-        iops_wr: 0,
+        bps: limits.get(Which::BpsTotal).avg.cast_signed(),
+        bps_rd: limits.get(Which::BpsRead).avg.cast_signed(),
+        bps_wr: limits.get(Which::BpsWrite).avg.cast_signed(),
+        iops: limits.get(Which::OpsTotal).avg.cast_signed(),
+        iops_rd: limits.get(Which::OpsRead).avg.cast_signed(),
+        iops_wr: limits.get(Which::OpsWrite).avg.cast_signed(),
+        bps_max: burst(Which::BpsTotal).map(|b| b.0),
+        bps_max_length: burst(Which::BpsTotal).map(|b| b.1),
+        bps_rd_max: burst(Which::BpsRead).map(|b| b.0),
+        bps_rd_max_length: burst(Which::BpsRead).map(|b| b.1),
+        bps_wr_max: burst(Which::BpsWrite).map(|b| b.0),
+        bps_wr_max_length: burst(Which::BpsWrite).map(|b| b.1),
+        iops_max: burst(Which::OpsTotal).map(|b| b.0),
+        iops_max_length: burst(Which::OpsTotal).map(|b| b.1),
+        iops_rd_max: burst(Which::OpsRead).map(|b| b.0),
+        iops_rd_max_length: burst(Which::OpsRead).map(|b| b.1),
+        iops_wr_max: burst(Which::OpsWrite).map(|b| b.0),
+        iops_wr_max_length: burst(Which::OpsWrite).map(|b| b.1),
+        iops_size: (limits.iops_size > 0).then_some(limits.iops_size.cast_signed()),
+        group: member.map(|m| m.group().name.clone()),
         image,
         cache: BlockdevCacheInfo {
             writeback: handle.is_none_or(Handle::write_cache) && node.options.writeback,

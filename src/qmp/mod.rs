@@ -17,6 +17,7 @@ mod cmd_machine;
 mod cmd_oob;
 mod cmd_query_block;
 mod cmd_snapshot;
+mod cmd_throttle;
 mod query_block_types;
 
 /// Every command, one table a file.
@@ -29,4 +30,5 @@ static TABLES: &[&[schema::Command]] = &[
     cmd_oob::OOB,
     cmd_hmp::HMP,
     cmd_snapshot::SNAPSHOT,
+    cmd_throttle::THROTTLE,
 ];

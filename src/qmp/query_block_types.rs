@@ -150,6 +150,34 @@ wire_struct! {
         iops_rd: i64,
         /// Limit of writes.
         iops_wr: i64,
+        /// Bytes a second in a burst.
+        bps_max: Option<i64>,
+        /// How long such a burst may last, in seconds.
+        bps_max_length: Option<i64>,
+        /// Bytes read a second in a burst.
+        bps_rd_max: Option<i64>,
+        /// How long such a burst may last, in seconds.
+        bps_rd_max_length: Option<i64>,
+        /// Bytes written a second in a burst.
+        bps_wr_max: Option<i64>,
+        /// How long such a burst may last, in seconds.
+        bps_wr_max_length: Option<i64>,
+        /// Operations a second in a burst.
+        iops_max: Option<i64>,
+        /// How long such a burst may last, in seconds.
+        iops_max_length: Option<i64>,
+        /// Reads a second in a burst.
+        iops_rd_max: Option<i64>,
+        /// How long such a burst may last, in seconds.
+        iops_rd_max_length: Option<i64>,
+        /// Writes a second in a burst.
+        iops_wr_max: Option<i64>,
+        /// How long such a burst may last, in seconds.
+        iops_wr_max_length: Option<i64>,
+        /// Bytes that count as one operation.
+        iops_size: Option<i64>,
+        /// The disks of one group share its limits.
+        group: Option<String>,
         /// Its image.
         image: ImageInfo,
         /// How caches are used.
