@@ -10,7 +10,7 @@ run CONFIG="fixtures/hello.toml" *ARGS:
 
 # unit, property, guest, hostile-guest and QMP tests; no network, no root needed (what is skipped says so)
 test *ARGS:
-    cargo test {{ARGS}}
+    cargo test --no-fail-fast {{ARGS}}
 
 # formatting, clippy with warnings as errors, documentation
 lint:
