@@ -10,7 +10,7 @@ use minivmm::sys::iov::{Iov, IovMut};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -60,7 +60,14 @@ pub struct Disk {
     pub fail_after: AtomicU64,
     /// Requests take a random time, so that threads meet everywhere (microseconds at most).
     pub jitter: AtomicU64,
+    /// While true, writes that begin with [`HELD`] wait (and say so in `held`) before anything of
+    /// them is on the disk.
+    pub hold: AtomicBool,
+    pub held: AtomicBool,
 }
+
+/// The first byte of a write that [`Disk::hold`] holds up.
+pub const HELD: u8 = 0x77;
 
 impl Disk {
     pub fn new(bytes: Vec<u8>) -> Arc<Disk> {
@@ -121,6 +128,10 @@ impl Driver for OnDisk {
     }
     fn write(&self, off: u64, from: &Iov, _: Flags) -> io::Result<()> {
         let data = from.to_vec();
+        while data.first() == Some(&HELD) && self.0.hold.load(Ordering::SeqCst) {
+            self.0.held.store(true, Ordering::SeqCst);
+            std::thread::sleep(Duration::from_millis(1));
+        }
         self.0.linger();
         self.0.writes.fetch_add(1, Ordering::Relaxed);
         // The lock on the bytes orders the log, too.
