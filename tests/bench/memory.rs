@@ -3,7 +3,7 @@
 //! Measured while a second VM of the same program runs, as in a fleet: pages of the program and its
 //! libraries are shared then, and only what a VM really adds is private. Pss shares them out by two.
 
-use crate::util::{Bench, median, report, vm};
+use crate::util::{Bench, median, net, report, vm};
 use std::io::Read;
 use std::process::{Child, Command, Stdio};
 
@@ -85,7 +85,7 @@ pub fn run(b: &Bench) {
         let tables = format!(
             "[[qmp]]\nsocket = {socket:?}\n[[drive]]\nif = \"virtio\"\nformat = \"qcow2\"\nfile = {disk:?}\n"
         );
-        b.config(&format!("memory{n}.toml"), &(vm("halt") + &tables))
+        b.config(&format!("memory{n}.toml"), &(vm("halt") + &tables + &net(n)))
     });
     let floor = || {
         let mut c = Command::new(&b.floor);
@@ -97,7 +97,7 @@ pub fn run(b: &Bench) {
     print("bare", ours, "floor", least, "goal <= 700 KiB");
     if made {
         let full = of(&|| b.minivmm(&with[0]), &|| b.minivmm(&with[1]));
-        print("qcow2 disk and QMP", full, "floor", least, "");
+        print("qcow2 disk, QMP, net", full, "floor", least, "");
     }
     if b.qemu {
         let qemu = || b.qemu_microvm("halt", &[]);

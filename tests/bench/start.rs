@@ -1,6 +1,6 @@
 //! From exec to the guest's first byte, and to the end of the process, of a VM of 128 MiB.
 
-use crate::util::{Bench, median, report, vm};
+use crate::util::{Bench, median, net, report, vm};
 use std::io::Read;
 use std::process::{Command, Stdio};
 use std::time::Instant;
@@ -27,7 +27,7 @@ pub fn run(b: &Bench) {
     let tiny = b.config("start-tiny.toml", &vm("first"));
     let with = b.config(
         "start-disk.toml",
-        &(b.least_vm() + &format!("[[drive]]\nif = \"virtio\"\nformat = \"raw\"\nfile = {disk:?}\n[[device]]\ndriver = \"virtio-rng-pci\"\n")),
+        &(b.least_vm() + &format!("[[drive]]\nif = \"virtio\"\nformat = \"raw\"\nfile = {disk:?}\n[[device]]\ndriver = \"virtio-rng-pci\"\n") + &net(0)),
     );
     let floor = || {
         let mut c = Command::new(&b.floor);
@@ -47,9 +47,9 @@ pub fn run(b: &Bench) {
     let first = |v: &[(f64, f64)]| median(&mut v.iter().map(|x| x.0).collect::<Vec<_>>());
     let whole = |v: &[(f64, f64)]| median(&mut v.iter().map(|x| x.1).collect::<Vec<_>>());
     report("exec to first byte", "ms", first(&ours), "floor", first(&least), "goal <= 1.8");
-    report("exec to first byte, disk and rng", "ms", first(&disks), "floor", first(&least), "");
+    report("exec to first byte, disk, rng, net", "ms", first(&disks), "floor", first(&least), "");
     report("exec to exit", "ms", whole(&ours), "floor", whole(&least), "goal <= 2");
-    report("exec to exit, disk and rng", "ms", whole(&disks), "floor", whole(&least), "");
+    report("exec to exit, disk, rng, net", "ms", whole(&disks), "floor", whole(&least), "");
     report("exec to first byte, tiny guest", "ms", first(&tinies), "floor", first(&least), "");
     report("exec to exit, tiny guest", "ms", whole(&tinies), "floor", whole(&least), "");
     if b.qemu {
