@@ -9,7 +9,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
-const COUNT: u32 = 20_000;
+const COUNT: u32 = 10_000;
 
 /// Seconds of CPU of all threads of `pid` that are no vCPU.
 fn cpu(pid: u32) -> f64 {
@@ -68,7 +68,7 @@ pub fn run(b: &Bench) {
                 let config = b.config("disk.toml", &text);
                 let drive = format!("if=none,id=d,format={format},file={}", disk.display());
                 let (mut ours, mut theirs) = (vec![], vec![]);
-                for _ in 0..5 {
+                for _ in 0..3 {
                     ours.extend(once(b.minivmm(&config)));
                     if b.qemu {
                         let more = ["-drive", &drive, "-device", "virtio-blk-pci,drive=d"];
