@@ -11,7 +11,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
-struct FileBackend(Output);
+/// Output only, wherever it goes.
+pub(super) struct FileBackend(pub(super) Output);
 
 impl Backend for FileBackend {
     fn input(&self) -> Option<BorrowedFd<'_>> {

@@ -1,6 +1,7 @@
 //! Backends for tests.
 
 use super::chardev::{Backend, Chardev};
+use super::file::FileBackend;
 use crate::sys::fdio::Output;
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -45,34 +46,9 @@ pub fn pair() -> (Arc<Chardev>, UnixStream) {
     (Chardev::new("test", Box::new(Pair { stream: ours, ended: false })).unwrap(), theirs)
 }
 
-/// Output only, wherever it goes.
-struct Only(Output);
-
-impl Backend for Only {
-    fn input(&self) -> Option<BorrowedFd<'_>> {
-        None
-    }
-
-    fn read(&mut self, _: &mut Vec<u8>) -> io::Result<bool> {
-        Ok(false)
-    }
-
-    fn output(&self) -> BorrowedFd<'_> {
-        self.0.fd()
-    }
-
-    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
-        self.0.write(data)
-    }
-
-    fn immediate(&self) -> Option<Output> {
-        self.0.immediate()
-    }
-}
-
 /// A chardev that writes to `file`, at once where that cannot block.
 pub fn output(file: File) -> Arc<Chardev> {
-    Chardev::new("test", Box::new(Only(Output::new(file).unwrap()))).unwrap()
+    Chardev::new("test", Box::new(FileBackend(Output::new(file).unwrap()))).unwrap()
 }
 
 /// A pipe: where to read, where to write.

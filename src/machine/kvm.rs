@@ -8,7 +8,7 @@
 //! a full one (each slot then waits for an SRCU grace period); a split interrupt controller 2 µs;
 //! a vCPU 0.05–0.12 ms; closing the VM 0.2 ms with a split controller and 12–23 ms with a full one.
 //! Hence: slots first, then the split controller, then vCPUs; no PIC, no PIT, no routing table
-//! (messages go by KVM_SIGNAL_MSI), no ioeventfd unless asked for.
+//! (messages go by KVM_SIGNAL_MSI), no ioeventfd.
 
 use super::cpu::{self, Topology};
 use super::memory::Mem;
