@@ -7,7 +7,7 @@
 //! `request_alignment`, and on that alignment (a driver that [`grows`](Driver::grows) also sees
 //! writes beyond). A driver reaches its children through `edge.node()` and the methods of `Node`.
 
-use super::node::Edge;
+use super::node::{Edge, Node};
 use crate::sys::iov::{Iov, IovMut};
 use std::io;
 use std::ops::{BitAnd, BitOr, Not};
@@ -184,7 +184,16 @@ pub trait Internal {
     fn apply_snapshot(&self, id: Option<&str>, name: Option<&str>) -> io::Result<()>;
 }
 
-/// A format, protocol or filter. See the module's head for who calls it and how.
+/// What a driver does that has nothing of its own to say: a filter asks the node it filters.
+fn pass<T>(driver: &(impl Driver + ?Sized), f: impl FnOnce(&Node) -> io::Result<T>) -> io::Result<T> {
+    match driver.filtered() {
+        Some(edge) => f(&*edge.need()?),
+        None => Err(io::Error::from_raw_os_error(libc::ENOTSUP)),
+    }
+}
+
+/// A format, protocol or filter. See the module's head for who calls it and how. A filter says so
+/// with [`Driver::filtered`]; then what it does not do itself is done by the node it filters.
 pub trait Driver: Send + Sync {
     /// The name in `blockdev-add`'s `driver` and in queries.
     fn name(&self) -> &'static str;
@@ -212,6 +221,13 @@ pub trait Driver: Send + Sync {
         Vec::new()
     }
 
+    /// For a filter, which shows what another node has: the edge to that node, one of
+    /// [`Driver::edges`]. Users look through a filter, and some are told nothing of those that they
+    /// did not ask for ([`NodeOptions::implicit`](super::node::NodeOptions)).
+    fn filtered(&self) -> Option<Arc<Edge>> {
+        None
+    }
+
     /// What this driver does with child `edge`, and what it lets others do with it, when its own
     /// users together use and share `above` (uses, shares). Answer in the same order.
     fn wants(&self, edge: &Edge, above: (Perm, Perm)) -> (Perm, Perm) {
@@ -234,15 +250,13 @@ pub trait Driver: Send + Sync {
 
     /// Makes `len` bytes at `off` read as zeroes. ENOTSUP: the node writes zeroes itself.
     fn zero(&self, off: u64, len: u64, flags: Flags) -> io::Result<()> {
-        let _ = (off, len, flags);
-        Err(io::Error::from_raw_os_error(libc::ENOTSUP))
+        pass(self, |n| n.zero(off, len, flags))
     }
 
     /// Says that the contents of `len` bytes at `off` are not needed. ENOTSUP: the node ignores
     /// the request (it is a hint).
     fn discard(&self, off: u64, len: u64) -> io::Result<()> {
-        let _ = (off, len);
-        Err(io::Error::from_raw_os_error(libc::ENOTSUP))
+        pass(self, |n| n.discard(off, len))
     }
 
     /// Every write that returned before this call is on stable storage when this returns.
@@ -250,18 +264,22 @@ pub trait Driver: Send + Sync {
 
     /// What is at `off`; `len` > 0 bytes are of interest.
     fn status(&self, off: u64, len: u64) -> io::Result<Extent> {
-        Ok(Extent { kind: ExtentKind::Data, len, host_offset: Some(off) })
+        match self.filtered() {
+            Some(edge) => edge.need()?.status(off, len),
+            None => Ok(Extent { kind: ExtentKind::Data, len, host_offset: Some(off) }),
+        }
     }
 
     /// Changes the virtual length to `len` bytes. New space reads as zeroes.
     fn resize(&self, len: u64) -> io::Result<()> {
-        let _ = len;
-        Err(io::Error::from_raw_os_error(libc::ENOTSUP))
+        pass(self, |n| n.resize(len))
     }
 
     /// What `query-block` shows.
     fn info(&self) -> ImageInfo {
-        ImageInfo::default()
+        let Some(below) = self.filtered().and_then(|e| e.node()) else { return ImageInfo::default() };
+        let ImageInfo { cluster_size, actual_size, dirty, encrypted, .. } = below.driver.info();
+        ImageInfo { cluster_size, actual_size, dirty, encrypted, ..ImageInfo::default() }
     }
 
     /// Snapshots inside the image, if the format has them.

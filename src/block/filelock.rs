@@ -10,7 +10,7 @@
 //! make it `Sync`).
 
 use super::driver::Perm;
-use super::file::OnOffAuto;
+use super::file_open::OnOffAuto;
 use super::perm::NAMES;
 use crate::error::{Result, strerror};
 use crate::sys::ofd::{Op, byte, reopen};

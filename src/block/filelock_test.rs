@@ -7,7 +7,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command, Stdio};
 
 fn plan(path: &str, common: Common) -> Plan {
-    Plan { common, driver: Box::new(crate::block::file::FilePlan::new("file", path)) }
+    Plan { common, driver: Box::new(crate::block::file_open::FilePlan::new("file", path)) }
 }
 
 fn named(name: &str) -> Common {
@@ -148,7 +148,7 @@ fn force_share_and_locking_off_take_no_locks() {
     let dir = Scratch::new("lock-off");
     let path = image(&img, &dir);
     let mut graph = Graph::new();
-    let mut off = crate::block::file::FilePlan::new("file", &path);
+    let mut off = crate::block::file_open::FilePlan::new("file", &path);
     off.options.locking = Some(OnOffAuto::Off);
     let off = Plan { common: named("off"), driver: Box::new(off) };
     let node = open::open(&mut graph, &NoEnv, off).unwrap();

@@ -1,17 +1,17 @@
-//! The block graph: names, who is above whom, and every change of it.
+//! The block graph: names, who is above whom, and how nodes and handles come and go.
 //!
 //! Nodes are made by [`open`](super::open), used through [`Handle`]s, and connected by edges. Any
-//! change of what is connected to what runs in [`Graph::edit`], with the gates of the handles
-//! above closed ([`Graph::quiesce`]), and either holds as a whole or did not happen.
+//! change of what is connected to what runs in [`Graph::edit`] (in [`edit`](super::edit)). Who may
+//! do what is [`perm`](super::perm)'s to say.
 //!
 //! Owns: the list of nodes, the list of handles. Never: threads, options, JSON. Threads: control
-//! only, hence no lock. While a [`Quiesced`] lives, nothing slow is done: what a change needs is
-//! opened before.
+//! only, hence no lock.
 
 use super::driver::Perm;
+use super::edit::is_above;
 use super::handle::{Handle, HandleSpec};
 use super::node::{Edge, Node};
-use super::perm::{self, Use};
+use super::perm::{self, Hold};
 use super::throttle::{Group, Member};
 use crate::bail;
 use crate::error::{Error, Result};
@@ -20,30 +20,22 @@ use std::sync::Arc;
 /// The longest node name, in bytes (QEMU's node_name[32]).
 const NAME_MAX: usize = 31;
 
-struct Entry {
-    node: Arc<Node>,
+pub(super) struct Entry {
+    pub(super) node: Arc<Node>,
     /// Position by age.
     age: u64,
     /// Made by `blockdev-add`: stays until `blockdev-del`.
     monitor: bool,
     /// What the driver was last told.
-    perm: (Perm, Perm),
-}
-
-/// A user that is not in the graph yet: the edge of a node that is being opened.
-struct Hold {
-    edge: Arc<Edge>,
-    uses: Perm,
-    shares: Perm,
-    who: String,
+    pub(super) perm: (Perm, Perm),
 }
 
 /// See the module's head.
 #[derive(Default)]
 pub struct Graph {
-    nodes: Vec<Entry>,
-    handles: Vec<Arc<Handle>>,
-    holds: Vec<Hold>,
+    pub(super) nodes: Vec<Entry>,
+    pub(super) handles: Vec<Arc<Handle>>,
+    pub(super) holds: Vec<Hold>,
     /// Names of the nodes that are being opened.
     opening: Vec<String>,
     /// How many automatic names were given.
@@ -57,31 +49,6 @@ pub enum Parent {
     Node(Arc<Node>, Arc<Edge>),
     /// A guest disk, a job, an export.
     Handle(Arc<Handle>),
-}
-
-/// Closed gates; dropping it opens them.
-pub struct Quiesced {
-    handles: Vec<Arc<Handle>>,
-}
-
-impl Drop for Quiesced {
-    fn drop(&mut self) {
-        for handle in &self.handles {
-            handle.gate.open();
-        }
-    }
-}
-
-impl Quiesced {
-    /// True when this handle's requests wait.
-    pub fn covers(&self, handle: &Arc<Handle>) -> bool {
-        self.handles.iter().any(|h| Arc::ptr_eq(h, handle))
-    }
-}
-
-pub(super) fn is_above(node: &Arc<Node>, at: &[&Arc<Node>]) -> bool {
-    at.iter().any(|n| Arc::ptr_eq(n, node))
-        || node.driver.edges().iter().any(|e| e.node().is_some_and(|n| is_above(&n, at)))
 }
 
 /// Requests that would wait for their limits do not; dropping it ends that.
@@ -218,21 +185,6 @@ impl Graph {
         }
     }
 
-    /// What the users of `node` do with it, and share.
-    pub(super) fn perm_of(&self, node: &Arc<Node>) -> (Perm, Perm) {
-        let entry = self.nodes.iter().find(|e| Arc::ptr_eq(&e.node, node));
-        entry.map_or((Perm::NONE, Perm::ALL), |e| e.perm)
-    }
-
-    /// Takes part in every check as the user `who` of `edge`'s node, before `who` is in the graph.
-    pub(super) fn hold(&mut self, who: &str, edge: &Arc<Edge>, perm: (Perm, Perm)) -> Result<()> {
-        let who = format!("node '{who}'");
-        self.holds.push(Hold { edge: edge.clone(), uses: perm.0, shares: perm.1, who });
-        self.refresh().inspect_err(|_| {
-            self.holds.pop();
-        })
-    }
-
     /// Ends the holds of a node that could not be opened, and takes away what only it used.
     pub(super) fn release(&mut self, who: &str) {
         let who = format!("node '{who}'");
@@ -355,53 +307,6 @@ impl Graph {
         self.collect();
     }
 
-    /// Changes what a handle does and shares.
-    pub fn set_perm(&mut self, handle: &Arc<Handle>, uses: Perm, shares: Perm) -> Result<()> {
-        let old = (handle.uses(), handle.shares());
-        handle.set_perm(uses, shares);
-        self.refresh().inspect_err(|_| handle.set_perm(old.0, old.1))
-    }
-
-    // ---- changes
-
-    /// Closes the gate of every handle above any of `at`, except those in `but`, and waits until
-    /// no request is behind one. All gates are closed before the first is waited for.
-    pub fn quiesce(&self, at: &[&Arc<Node>], but: &[&Arc<Handle>]) -> Quiesced {
-        let above = |h: &&Arc<Handle>| {
-            !but.iter().any(|b| Arc::ptr_eq(b, h)) && h.root.node().is_some_and(|n| is_above(&n, at))
-        };
-        self.quiesce_handles(self.handles.iter().filter(above).cloned().collect())
-    }
-
-    /// Closes the gates of these handles, and waits.
-    pub fn quiesce_handles(&self, handles: Vec<Arc<Handle>>) -> Quiesced {
-        for handle in &handles {
-            handle.gate.close();
-        }
-        for handle in &handles {
-            handle.gate.wait_empty();
-        }
-        Quiesced { handles }
-    }
-
-    /// Changes edges as `f` says, checks cycles and permissions, and puts everything back if
-    /// either, or `f` itself, fails. `quiesced` must cover every handle above the changed edges.
-    pub fn edit(&mut self, quiesced: &Quiesced, f: impl FnOnce(&mut Edit) -> Result<()>) -> Result<()> {
-        let mut edit = Edit { graph: self, quiesced, undo: Vec::new() };
-        let done = f(&mut edit);
-        let undo = edit.undo;
-        if let Err(e) = done.and_then(|()| self.refresh()) {
-            for (edge, old) in undo.into_iter().rev() {
-                edge.set(old);
-            }
-            if let Err(again) = self.refresh() {
-                log::error!("the permissions of before could not be had again: {again}");
-            }
-            return Err(e);
-        }
-        Ok(())
-    }
-
     /// Changes the length of `node`, with the guests above it waiting, and tells them. Fails when
     /// the node is read-only, when somebody does not share that right, and with the driver.
     pub fn resize(&mut self, node: &Arc<Node>, len: u64) -> Result<()> {
@@ -435,120 +340,6 @@ impl Graph {
         let members: Vec<_> = self.handles.iter().filter_map(|h| h.throttled()).collect();
         members.iter().for_each(|m| m.exempt(true));
         Hurry(members)
-    }
-
-    // ---- permissions
-
-    fn users(&self) -> Vec<Use> {
-        let of_handle = |h: &Arc<Handle>| {
-            let node = h.root.node()?;
-            let (uses, shares) = (h.uses(), h.shares());
-            Some(Use { node, role: h.root.role.clone(), uses, shares, who: h.describe() })
-        };
-        let of_hold = |h: &Hold| {
-            let (role, who) = (h.edge.role.clone(), h.who.clone());
-            Some(Use { node: h.edge.node()?, role, uses: h.uses, shares: h.shares, who })
-        };
-        let handles = self.handles.iter().filter_map(of_handle);
-        handles.chain(self.holds.iter().filter_map(of_hold)).collect()
-    }
-
-    /// Checks the permissions of the whole graph and tells the drivers. On an error the drivers
-    /// have been told what they knew before.
-    pub(super) fn refresh(&mut self) -> Result<()> {
-        let nodes: Vec<_> = self.nodes.iter().map(|e| e.node.clone()).collect();
-        let verdicts = perm::check(&nodes, &self.users())?;
-        let mut plan = Vec::new();
-        for verdict in verdicts {
-            let is_it = |e: &Entry| Arc::ptr_eq(&e.node, &verdict.node);
-            if let Some(at) = self.nodes.iter().position(is_it) {
-                let (old, new) = (self.nodes[at].perm, (verdict.uses, verdict.shares));
-                if old != new {
-                    plan.push((at, verdict.node, old, new));
-                }
-            }
-        }
-        // First everybody gets what is new beside what it had: that can fail. Then everybody lets
-        // go of what is over: that cannot.
-        for (n, (at, node, old, new)) in plan.iter().enumerate() {
-            let both = (old.0 | new.0, old.1 & new.1);
-            if let Err(e) = node.driver.set_perm(both.0, both.1) {
-                for (at, node, old, _) in plan[..n].iter().rev() {
-                    if let Err(e) = node.driver.set_perm(old.0, old.1) {
-                        log::warn!("node '{}': {e}", node.name);
-                    }
-                    self.nodes[*at].perm = *old;
-                }
-                return Err(e.into());
-            }
-            self.nodes[*at].perm = both;
-        }
-        for (at, node, old, new) in plan {
-            if (old.0 | new.0, old.1 & new.1) != new
-                && let Err(e) = node.driver.set_perm(new.0, new.1)
-            {
-                log::warn!("node '{}' does not let go: {e}", node.name);
-            }
-            self.nodes[at].perm = new;
-        }
-        Ok(())
-    }
-}
-
-/// A change of the graph under way; see [`Graph::edit`].
-pub struct Edit<'a> {
-    graph: &'a Graph,
-    quiesced: &'a Quiesced,
-    undo: Vec<(Arc<Edge>, Option<Arc<Node>>)>,
-}
-
-impl Edit<'_> {
-    /// The graph as it is now.
-    pub fn graph(&self) -> &Graph {
-        self.graph
-    }
-
-    /// Points `edge` to `node`, or to nothing. An error when that would make a cycle.
-    pub fn set(&mut self, edge: &Arc<Edge>, node: Option<Arc<Node>>) -> Result<()> {
-        debug_assert!(self.is_quiet(edge), "edge '{}' is changed under I/O", edge.role);
-        let old = edge.set(node);
-        let nodes: Vec<_> = self.graph.nodes().cloned().collect();
-        if let Err(e) = perm::order(&nodes) {
-            edge.set(old);
-            return Err(e);
-        }
-        self.undo.push((edge.clone(), old));
-        Ok(())
-    }
-
-    /// Points the root of `handle` to `node`, or to nothing (no medium).
-    pub fn set_root(&mut self, handle: &Handle, node: Option<Arc<Node>>) -> Result<()> {
-        self.set(&handle.root.clone(), node)
-    }
-
-    /// Makes everybody who is above `from`, except the node `but`, be above `to` instead.
-    pub fn replace(&mut self, from: &Arc<Node>, to: &Arc<Node>, but: Option<&Arc<Node>>) -> Result<()> {
-        for parent in self.graph.parents(from) {
-            match parent {
-                Parent::Node(above, _) if but.is_some_and(|b| Arc::ptr_eq(b, &above)) => {}
-                Parent::Node(_, edge) => self.set(&edge, Some(to.clone()))?,
-                Parent::Handle(handle) => self.set_root(&handle, Some(to.clone()))?,
-            }
-        }
-        Ok(())
-    }
-
-    /// True when every handle that can come to `edge` waits at its gate.
-    fn is_quiet(&self, edge: &Arc<Edge>) -> bool {
-        fn reaches(node: &Arc<Node>, edge: &Arc<Edge>) -> bool {
-            let edges = node.driver.edges();
-            edges.iter().any(|e| Arc::ptr_eq(e, edge))
-                || edges.iter().any(|e| e.node().is_some_and(|n| reaches(&n, edge)))
-        }
-        self.graph.handles.iter().all(|h| {
-            let above = Arc::ptr_eq(&h.root, edge) || h.root.node().is_some_and(|n| reaches(&n, edge));
-            !above || self.quiesced.covers(h)
-        })
     }
 }
 

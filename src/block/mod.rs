@@ -7,7 +7,9 @@
 
 pub mod drive;
 pub mod driver;
+pub mod edit;
 pub mod file;
+pub mod file_open;
 mod filelock;
 pub mod gate;
 pub mod graph;

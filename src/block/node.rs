@@ -108,6 +108,9 @@ pub struct NodeOptions {
     pub force_share: bool,
     /// Turns read-only by itself when it cannot be opened for writing.
     pub auto_read_only: bool,
+    /// A filter that a command inserted and that the user gave no name: queries about drives pass it
+    /// over.
+    pub implicit: bool,
 }
 
 impl Default for NodeOptions {
@@ -121,6 +124,7 @@ impl Default for NodeOptions {
             writeback: true,
             force_share: false,
             auto_read_only: false,
+            implicit: false,
         }
     }
 }
@@ -184,6 +188,22 @@ impl Node {
     /// True when the length is 0.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// The node below that this one filters, if it is a filter.
+    pub fn filtered(&self) -> Option<Arc<Node>> {
+        self.driver.filtered()?.node()
+    }
+
+    /// This node, or the first below it that the user knows of.
+    pub fn skip_implicit(self: Arc<Node>) -> Arc<Node> {
+        let mut node = self;
+        while node.options.implicit
+            && let Some(below) = node.filtered()
+        {
+            node = below;
+        }
+        node
     }
 
     /// The driver's alignment and preferences.

@@ -57,6 +57,7 @@ impl Common {
             writeback: self.writeback.unwrap_or(true),
             force_share: self.force_share.unwrap_or(false),
             auto_read_only: self.auto_read_only.unwrap_or(false),
+            implicit: false,
         };
         if options.force_share && !options.read_only {
             bail!("force-share=on can only be used with read-only images");

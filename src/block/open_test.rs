@@ -1,6 +1,6 @@
 use super::*;
 use crate::block::driver::{Extent, ExtentKind, Flags, ImageInfo};
-use crate::block::file::FilePlan;
+use crate::block::file_open::FilePlan;
 use crate::block::handle::HandleSpec;
 use crate::block::raw::RawPlan;
 use crate::block::testing::Scratch;

@@ -5,10 +5,15 @@
 //! follows from what its own users do ([`Driver::wants`](super::driver::Driver::wants)), so that
 //! the check goes from the top down.
 //!
-//! Owns: the rules and their texts. Never: changes anything. Threads: control. Locks: none.
+//! [`Graph::refresh`] checks the graph as it is, and tells the drivers what has changed for them.
+//!
+//! Owns: the rules and their texts, and users that are not in the graph yet. Never: changes what is
+//! connected. Threads: control. Locks: none.
 
 use super::driver::Perm;
-use super::node::Node;
+use super::graph::{Entry, Graph};
+use super::handle::Handle;
+use super::node::{Edge, Node};
 use crate::error::{Error, Result};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -174,4 +179,91 @@ pub(super) fn check(nodes: &[Arc<Node>], roots: &[Use]) -> Result<Vec<Verdict>> 
         out.push(Verdict { node, uses, shares });
     }
     Ok(out)
+}
+
+/// A user that is not in the graph yet: the edge of a node that is being opened.
+pub(super) struct Hold {
+    pub(super) edge: Arc<Edge>,
+    uses: Perm,
+    shares: Perm,
+    pub(super) who: String,
+}
+
+impl Graph {
+    /// What the users of `node` do with it, and share.
+    pub(super) fn perm_of(&self, node: &Arc<Node>) -> (Perm, Perm) {
+        let entry = self.nodes.iter().find(|e| Arc::ptr_eq(&e.node, node));
+        entry.map_or((Perm::NONE, Perm::ALL), |e| e.perm)
+    }
+
+    /// Takes part in every check as the user `who` of `edge`'s node, before `who` is in the graph.
+    pub(super) fn hold(&mut self, who: &str, edge: &Arc<Edge>, perm: (Perm, Perm)) -> Result<()> {
+        let who = format!("node '{who}'");
+        self.holds.push(Hold { edge: edge.clone(), uses: perm.0, shares: perm.1, who });
+        self.refresh().inspect_err(|_| {
+            self.holds.pop();
+        })
+    }
+
+    /// Changes what a handle does and shares.
+    pub fn set_perm(&mut self, handle: &Arc<Handle>, uses: Perm, shares: Perm) -> Result<()> {
+        let old = (handle.uses(), handle.shares());
+        handle.set_perm(uses, shares);
+        self.refresh().inspect_err(|_| handle.set_perm(old.0, old.1))
+    }
+
+    fn users(&self) -> Vec<Use> {
+        let of_handle = |h: &Arc<Handle>| {
+            let node = h.root.node()?;
+            let (uses, shares) = (h.uses(), h.shares());
+            Some(Use { node, role: h.root.role.clone(), uses, shares, who: h.describe() })
+        };
+        let of_hold = |h: &Hold| {
+            let (role, who) = (h.edge.role.clone(), h.who.clone());
+            Some(Use { node: h.edge.node()?, role, uses: h.uses, shares: h.shares, who })
+        };
+        let handles = self.handles.iter().filter_map(of_handle);
+        handles.chain(self.holds.iter().filter_map(of_hold)).collect()
+    }
+
+    /// Checks the permissions of the whole graph and tells the drivers. On an error the drivers
+    /// have been told what they knew before.
+    pub(super) fn refresh(&mut self) -> Result<()> {
+        let nodes: Vec<_> = self.nodes.iter().map(|e| e.node.clone()).collect();
+        let verdicts = check(&nodes, &self.users())?;
+        let mut plan = Vec::new();
+        for verdict in verdicts {
+            let is_it = |e: &Entry| Arc::ptr_eq(&e.node, &verdict.node);
+            if let Some(at) = self.nodes.iter().position(is_it) {
+                let (old, new) = (self.nodes[at].perm, (verdict.uses, verdict.shares));
+                if old != new {
+                    plan.push((at, verdict.node, old, new));
+                }
+            }
+        }
+        // First everybody gets what is new beside what it had: that can fail. Then everybody lets
+        // go of what is over: that cannot.
+        for (n, (at, node, old, new)) in plan.iter().enumerate() {
+            let both = (old.0 | new.0, old.1 & new.1);
+            if let Err(e) = node.driver.set_perm(both.0, both.1) {
+                for (at, node, old, _) in plan[..n].iter().rev() {
+                    if let Err(e) = node.driver.set_perm(old.0, old.1) {
+                        log::warn!("node '{}': {e}", node.name);
+                    }
+                    self.nodes[*at].perm = *old;
+                }
+                return Err(e.into());
+            }
+            self.nodes[*at].perm = both;
+        }
+        for (at, node, old, new) in plan {
+            if (old.0 | new.0, old.1 & new.1) != new
+                && let Err(e) = node.driver.set_perm(new.0, new.1)
+            {
+                log::warn!("node '{}' does not let go: {e}", node.name);
+            }
+            self.nodes[at].perm = new;
+        }
+        Ok(())
+    }
 }

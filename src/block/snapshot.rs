@@ -7,7 +7,8 @@
 //! Owns: that moment. Never: files, names. Threads: control. Locks: none.
 
 use super::driver::Snapshot;
-use super::graph::{Graph, is_above};
+use super::edit::is_above;
+use super::graph::Graph;
 use super::node::{Edge, Node};
 use crate::bail;
 use crate::error::{Error, Result, strerror};

@@ -15,7 +15,7 @@ fn named(name: &str) -> Common {
 }
 
 fn file(path: &str) -> Plan {
-    let driver = Box::new(crate::block::file::FilePlan::new("file", path));
+    let driver = Box::new(crate::block::file_open::FilePlan::new("file", path));
     Plan { common: Common::default(), driver }
 }
 

@@ -202,7 +202,7 @@ impl super::open::Env for NoEnv {
         crate::bail!("no JSON here")
     }
     fn protocol(&self, driver: &str, filename: &str) -> Option<super::open::Plan> {
-        let driver = Box::new(super::file::FilePlan::new(
+        let driver = Box::new(super::file_open::FilePlan::new(
             if driver == "file" { "file" } else { "host_device" },
             filename,
         ));

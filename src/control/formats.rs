@@ -3,7 +3,7 @@
 //! A new driver is a file with an [`Open`], and a row here. Owns: the table. Never: guests, QMP's
 //! connections. Threads: control. Locks: none.
 
-use crate::block::file::{BlockdevOptionsFile, FilePlan};
+use crate::block::file_open::{BlockdevOptionsFile, FilePlan};
 use crate::block::node::DetectZeroes;
 use crate::block::null::{BlockdevOptionsNull, NullPlan};
 use crate::block::open::{Backing, Child, Common, Env, Open, PassedFd, Plan};

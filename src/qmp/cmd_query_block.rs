@@ -71,7 +71,11 @@ fn block_info(drive: &Drive) -> BlockInfo {
         kind: "unknown".to_string(),
         removable: device.is_none_or(|d| d.removable),
         locked: device.is_some_and(|d| d.locked),
-        inserted: drive.handle.node().map(|n| device_info(&n, Some(&drive.handle), false)),
+        inserted: drive
+            .handle
+            .node()
+            .map(Node::skip_implicit)
+            .map(|n| device_info(&n, Some(&drive.handle), false)),
         tray_open: device.and_then(|d| d.tray_open),
         io_status: reports.then(|| match drive.handle.io_status() {
             IoStatus::Ok => BlockDeviceIoStatus::Ok,
@@ -196,7 +200,7 @@ fn device_info(node: &Node, handle: Option<&Handle>, flat: bool) -> BlockDeviceI
 }
 
 fn drive_stats(drive: &Drive) -> BlockStats {
-    let below = drive.handle.node().map(|n| node_stats(&n));
+    let below = drive.handle.node().map(|n| node_stats(&n.skip_implicit()));
     let (invalid, failed) = drive.handle.stats.account();
     let mut stats = counters(Some(&drive.handle.stats));
     stats.wr_highest_offset = below.as_ref().map_or(0, |b| b.stats.wr_highest_offset);

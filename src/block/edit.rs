@@ -1,0 +1,186 @@
+//! Changing what is connected to what: the gates of everybody above are closed, edges are set,
+//! permissions checked, and all of it holds or nothing has happened.
+//!
+//! Owns: that. Never: opens anything; while a [`Quiesced`] lives, nothing slow is done. Threads:
+//! control. Locks: an edge's, for a moment.
+
+use super::graph::{Graph, Parent};
+use super::handle::Handle;
+use super::node::{Edge, Node};
+use super::perm;
+use crate::error::{Error, Result};
+use std::sync::Arc;
+
+/// Closed gates; dropping it opens them.
+pub struct Quiesced {
+    handles: Vec<Arc<Handle>>,
+}
+
+impl Drop for Quiesced {
+    fn drop(&mut self) {
+        for handle in &self.handles {
+            handle.gate.open();
+        }
+    }
+}
+
+impl Quiesced {
+    /// True when this handle's requests wait.
+    pub fn covers(&self, handle: &Arc<Handle>) -> bool {
+        self.handles.iter().any(|h| Arc::ptr_eq(h, handle))
+    }
+}
+
+pub(super) fn is_above(node: &Arc<Node>, at: &[&Arc<Node>]) -> bool {
+    at.iter().any(|n| Arc::ptr_eq(n, node))
+        || node.driver.edges().iter().any(|e| e.node().is_some_and(|n| is_above(&n, at)))
+}
+
+impl Graph {
+    /// Closes the gate of every handle above any of `at`, except those in `but`, and waits until
+    /// no request is behind one. All gates are closed before the first is waited for.
+    pub fn quiesce(&self, at: &[&Arc<Node>], but: &[&Arc<Handle>]) -> Quiesced {
+        let above = |h: &&Arc<Handle>| {
+            !but.iter().any(|b| Arc::ptr_eq(b, h)) && h.root.node().is_some_and(|n| is_above(&n, at))
+        };
+        self.quiesce_handles(self.handles.iter().filter(above).cloned().collect())
+    }
+
+    /// Closes the gates of these handles, and waits.
+    pub fn quiesce_handles(&self, handles: Vec<Arc<Handle>>) -> Quiesced {
+        for handle in &handles {
+            handle.gate.close();
+        }
+        for handle in &handles {
+            handle.gate.wait_empty();
+        }
+        Quiesced { handles }
+    }
+
+    /// Changes edges as `f` says, checks cycles and permissions, and puts everything back if
+    /// either, or `f` itself, fails. `quiesced` must cover every handle above the changed edges.
+    pub fn edit(&mut self, quiesced: &Quiesced, f: impl FnOnce(&mut Edit) -> Result<()>) -> Result<()> {
+        let mut edit = Edit { graph: self, quiesced, undo: Vec::new() };
+        let done = f(&mut edit);
+        let undo = edit.undo;
+        if let Err(e) = done.and_then(|()| self.refresh()) {
+            for (edge, old) in undo.into_iter().rev() {
+                edge.set(old);
+            }
+            if let Err(again) = self.refresh() {
+                log::error!("the permissions of before could not be had again: {again}");
+            }
+            return Err(e);
+        }
+        Ok(())
+    }
+}
+
+/// Filters that come and go under running guests: what jobs put above the nodes they work on.
+impl Graph {
+    /// Enters `filter`, which nobody knows yet and whose filtered edge is empty, and puts it between
+    /// `at` and everybody above it. On an error it is closed and forgotten.
+    pub fn insert_filter(&mut self, filter: &Arc<Node>, at: &Arc<Node>) -> Result<()> {
+        self.add(filter.clone())?;
+        let quiesced = self.quiesce(&[at], &[]);
+        let done = self.edit(&quiesced, |edit| edit.insert_filter(filter, at));
+        drop(quiesced);
+        if done.is_err() {
+            self.collect();
+        }
+        done
+    }
+
+    /// Takes it out again: everybody above it is above what it filters. It is closed, unless the
+    /// user owns it.
+    pub fn remove_filter(&mut self, filter: &Arc<Node>) -> Result<()> {
+        let quiesced = self.quiesce(&[filter], &[]);
+        let done = self.edit(&quiesced, |edit| edit.remove_filter(filter));
+        drop(quiesced);
+        self.collect();
+        done
+    }
+}
+
+fn filtered(filter: &Arc<Node>) -> Result<Arc<Edge>> {
+    let none = || Error::new(format!("Node '{}' is not a filter", filter.name));
+    filter.driver.filtered().ok_or_else(none)
+}
+
+/// A change of the graph under way; see [`Graph::edit`].
+pub struct Edit<'a> {
+    graph: &'a Graph,
+    quiesced: &'a Quiesced,
+    undo: Vec<(Arc<Edge>, Option<Arc<Node>>)>,
+}
+
+impl Edit<'_> {
+    /// The graph as it is now.
+    pub fn graph(&self) -> &Graph {
+        self.graph
+    }
+
+    /// Points `edge` to `node`, or to nothing. An error when that would make a cycle.
+    pub fn set(&mut self, edge: &Arc<Edge>, node: Option<Arc<Node>>) -> Result<()> {
+        debug_assert!(self.is_quiet(edge), "edge '{}' is changed under I/O", edge.role);
+        let old = edge.set(node);
+        let nodes: Vec<_> = self.graph.nodes().cloned().collect();
+        if let Err(e) = perm::order(&nodes) {
+            edge.set(old);
+            return Err(e);
+        }
+        self.undo.push((edge.clone(), old));
+        Ok(())
+    }
+
+    /// Points the root of `handle` to `node`, or to nothing (no medium).
+    pub fn set_root(&mut self, handle: &Handle, node: Option<Arc<Node>>) -> Result<()> {
+        self.set(&handle.root.clone(), node)
+    }
+
+    /// Makes everybody who is above `from`, except the node `but`, be above `to` instead.
+    pub fn replace(&mut self, from: &Arc<Node>, to: &Arc<Node>, but: Option<&Arc<Node>>) -> Result<()> {
+        for parent in self.graph.parents(from) {
+            match parent {
+                Parent::Node(above, _) if but.is_some_and(|b| Arc::ptr_eq(b, &above)) => {}
+                Parent::Node(_, edge) => self.set(&edge, Some(to.clone()))?,
+                Parent::Handle(handle) => self.set_root(&handle, Some(to.clone()))?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts `filter`, a node of the graph whose driver's [`filtered`](super::driver::Driver::filtered)
+    /// edge is empty, between `at` and everybody above it.
+    pub fn insert_filter(&mut self, filter: &Arc<Node>, at: &Arc<Node>) -> Result<()> {
+        let edge = filtered(filter)?;
+        self.replace(at, filter, Some(filter))?;
+        self.set(&edge, Some(at.clone()))
+    }
+
+    /// The reverse: everybody above `filter` is above what it filters, and it is on nothing.
+    pub fn remove_filter(&mut self, filter: &Arc<Node>) -> Result<()> {
+        let edge = filtered(filter)?;
+        if let Some(below) = edge.node() {
+            self.replace(filter, &below, None)?;
+        }
+        self.set(&edge, None)
+    }
+
+    /// True when every handle that can come to `edge` waits at its gate.
+    fn is_quiet(&self, edge: &Arc<Edge>) -> bool {
+        fn reaches(node: &Arc<Node>, edge: &Arc<Edge>) -> bool {
+            let edges = node.driver.edges();
+            edges.iter().any(|e| Arc::ptr_eq(e, edge))
+                || edges.iter().any(|e| e.node().is_some_and(|n| reaches(&n, edge)))
+        }
+        self.graph.handles.iter().all(|h| {
+            let above = Arc::ptr_eq(&h.root, edge) || h.root.node().is_some_and(|n| reaches(&n, edge));
+            !above || self.quiesced.covers(h)
+        })
+    }
+}
+
+#[cfg(test)]
+#[path = "edit_test.rs"]
+mod tests;
