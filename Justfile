@@ -33,7 +33,3 @@ soak MINUTES="10":
 # start-up, memory, fleet, disk and QMP against the raw floor and QEMU, as ratios
 bench *ARGS:
     cargo bench --bench bench -- {{ARGS}}
-
-# qcow2 beside raw below the devices: CPU per request, in place and allocating
-bench-qcow2:
-    cargo test --release --test qcow2_speed -- --ignored --nocapture

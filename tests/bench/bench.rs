@@ -5,11 +5,12 @@
 //! On a machine that does other things as well, start, fleet and qmp are best run in a real-time class
 //! (`chrt -f 10 just bench start fleet qmp`): else they measure the others.
 //!
-//!     cargo bench --bench bench -- [start|memory|fleet|qmp|disk] … [rounds=N]
+//!     cargo bench --bench bench -- [start|memory|fleet|qmp|disk|qcow2] … [rounds=N]
 
 mod disk;
 mod fleet;
 mod memory;
+mod qcow2;
 mod qmp;
 mod start;
 mod util;
@@ -31,6 +32,7 @@ fn main() {
         ("fleet", fleet::run),
         ("qmp", qmp::run),
         ("disk", disk::run),
+        ("qcow2", qcow2::run),
     ] {
         if names.is_empty() || names.contains(&name) {
             println!("== {name}");
