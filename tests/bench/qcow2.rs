@@ -81,7 +81,7 @@ fn make(b: &Bench, format: &str, image: Image) -> PathBuf {
     let options = match (image, format) {
         (Image::Fresh, _) | (Image::Prealloc, "raw") => "preallocation=off",
         (Image::Prealloc, _) => "preallocation=metadata",
-        (Image::Full, _) => "preallocation=falloc",
+        (Image::Full, _) => "preallocation=off",
     };
     let name = path.display().to_string();
     let made = Command::new("qemu-img")
@@ -94,6 +94,8 @@ fn make(b: &Bench, format: &str, image: Image) -> PathBuf {
         let fill = ["bench", "-q", "-w", "--pattern=7", "-s", "1M", "-d", "1", "-c", &count, "-f", format];
         assert!(qemu_img(&fill, &path), "qemu-img bench {name}");
     }
+    // else the kernel writes it back while we measure, and its pages are locked at times
+    std::fs::File::open(&path).and_then(|f| f.sync_all()).expect("sync");
     path
 }
 
