@@ -223,7 +223,8 @@ pub fn run(b: &Bench) {
             let (mut raw, mut qcow2, mut qemu) = (vec![], vec![], vec![]);
             let fixed = |format| (image != Image::Fresh).then(|| make(b, format, image));
             let (fixed_raw, fixed_qcow2) = (fixed("raw"), fixed("qcow2"));
-            let path = |fixed: &Option<PathBuf>, format| fixed.clone().unwrap_or_else(|| make(b, format, image));
+            let path =
+                |fixed: &Option<PathBuf>, format| fixed.clone().unwrap_or_else(|| make(b, format, image));
             // the first round warms the page cache and is not counted
             for round in 0..=rounds {
                 let costs = (
