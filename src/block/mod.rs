@@ -5,6 +5,8 @@
 //! Lock order (take only rightwards): `Ticket → Edge (clone, drop) → a driver's own locks →
 //! bitmap list / stats / inbox`.
 
+pub mod bitmap;
+mod bitmaps;
 pub mod drive;
 pub mod driver;
 pub mod edit;

@@ -9,6 +9,7 @@
 //! drivers that need aligned requests, never across I/O (a request that overlaps a
 //! read-modify-write waits for it on a condition variable).
 
+use super::bitmaps::Bitmaps;
 use super::driver::{Driver, Extent, ExtentKind, Flags, Limits};
 use super::serial::Serial;
 use crate::sys::buf::AlignedBuf;
@@ -155,6 +156,7 @@ pub struct Node {
     serial: Serial,
     threshold: AtomicU64,
     threshold_hook: Mutex<Option<ThresholdHook>>,
+    pub(super) bitmaps: Bitmaps,
 }
 
 impl Node {
@@ -177,6 +179,7 @@ impl Node {
             serial: Serial::default(),
             threshold: AtomicU64::new(0),
             threshold_hook: Mutex::new(None),
+            bitmaps: Bitmaps::default(),
         })
     }
 
@@ -479,6 +482,7 @@ impl Node {
         }
         let done = self.driver.resize(len);
         self.changes.fetch_add(1, Ordering::AcqRel);
+        self.bitmaps.resize(self.len());
         done
     }
 
@@ -513,15 +517,19 @@ impl Node {
     }
 
     /// The one place where a write is noted: after the data, before the writer's user hears of
-    /// it, and also on failure (some of it may have been written). Whoever tracks what changed
-    /// (dirty bitmaps) does it in [`Node::changed_content`].
+    /// it, and also on failure (some of it may have been written). The dirty bitmaps are marked in
+    /// [`Node::changed_content`].
     fn changed(&self, off: u64, len: u64) {
         self.highest.fetch_max(off + len, Ordering::Relaxed);
         self.changed_content(off, len);
     }
 
-    fn changed_content(&self, _off: u64, _len: u64) {
-        self.changes.fetch_add(1, Ordering::AcqRel);
+    fn changed_content(&self, off: u64, len: u64) {
+        // SeqCst: the data come before the look at the bitmaps.
+        self.changes.fetch_add(1, Ordering::SeqCst);
+        if self.bitmaps.any() {
+            self.bitmaps.mark(off, len, self.len());
+        }
     }
 }
 
