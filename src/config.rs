@@ -92,6 +92,8 @@ pub enum SerialEnd {
 /// Which command a table is the arguments of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
+    /// `[[object]]`: `object-add`
+    Object,
     /// `[[blockdev]]`: `blockdev-add`
     Blockdev,
     /// `[[drive]]`: `-drive`
@@ -108,6 +110,7 @@ impl Kind {
     /// As it stands in the file.
     pub fn header(self) -> &'static str {
         match self {
+            Kind::Object => "[[object]]",
             Kind::Blockdev => "[[blockdev]]",
             Kind::Drive => "[[drive]]",
             Kind::Device => "[[device]]",
@@ -286,6 +289,7 @@ pub(crate) fn names(top: &Top) -> Vec<(&'static str, String, Place)> {
         }
     }
     let space = match top.key.as_str() {
+        "object" => "object id",
         "drive" => "drive id",
         "device" => "device id",
         "netdev" => "netdev id",

@@ -15,7 +15,8 @@ use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
 /// The names of arrays of tables.
-pub(crate) const ARRAYS: &[&str] = &["qmp", "serial", "blockdev", "drive", "device", "netdev", "fdset"];
+pub(crate) const ARRAYS: &[&str] =
+    &["qmp", "serial", "object", "blockdev", "drive", "device", "netdev", "fdset"];
 
 /// The names of tables.
 const TABLES: &[&str] = &["machine", "boot"];
@@ -53,6 +54,7 @@ pub(crate) fn read(tops: Vec<Top>, dir: &Path, sources: &Sources) -> Result<Part
             "boot" => parts.boot = Some(boot(Reader::new("[boot]", &t.item, dir))?),
             "qmp" => parts.qmp.push(qmp(Reader::new("[[qmp]]", &t.item, dir))?),
             "serial" => parts.serial.push(serial(Reader::new("[[serial]]", &t.item, dir))?),
+            "object" => parts.tables.push(table(Kind::Object, t.item, dir)),
             "blockdev" => parts.tables.push(table(Kind::Blockdev, t.item, dir)),
             "drive" => parts.tables.push(table(Kind::Drive, t.item, dir)),
             "device" => parts.tables.push(table(Kind::Device, t.item, dir)),
@@ -91,6 +93,11 @@ fn table(kind: Kind, item: Item, dir: &Path) -> Table {
         Kind::Drive => {
             resolve(&mut arguments, "filename", dir);
             null_backing(&mut arguments);
+            if let Some(Value::String(s)) = arguments.get_mut("file") {
+                *s = relative_to(dir, s);
+            }
+        }
+        Kind::Object => {
             if let Some(Value::String(s)) = arguments.get_mut("file") {
                 *s = relative_to(dir, s);
             }

@@ -146,11 +146,13 @@ fn claim(config: &Config) -> Result<Inherited, Fault> {
 /// One table of a command's arguments.
 fn add(vm: &mut Vm, inherited: &Inherited, table: &Table, check: bool) -> Result<()> {
     let args = table.arguments.clone();
+    let command = |vm: &mut Vm, name| {
+        let mut conn = Conn::new();
+        schema::execute(&mut Cx { vm, conn: &mut conn }, name, args.clone()).map(drop)
+    };
     match table.kind {
-        Kind::Blockdev => {
-            let mut conn = Conn::new();
-            schema::execute(&mut Cx { vm, conn: &mut conn }, "blockdev-add", args).map(drop)
-        }
+        Kind::Object => command(vm, "object-add"),
+        Kind::Blockdev => command(vm, "blockdev-add"),
         Kind::Drive => vm.add_drive(args),
         Kind::Device => vm.add_device(&args),
         Kind::Netdev => {

@@ -387,7 +387,7 @@ fn chains_open_by_their_recorded_names() {
         let options = json!({"driver": "qcow2", "node-name": "top", "read-only": read_only,
             "file": {"driver": "file", "filename": path("top.qcow2")}});
         let options = BlockdevOptions::take(options, &Path::Root).unwrap();
-        minivmm::block::open::add(graph, &Formats::new(fds), plan(options).unwrap())
+        minivmm::block::open::add(graph, &Formats::new(fds, &Default::default()), plan(options).unwrap())
     };
     let mut graph = Graph::new();
     let node = open(&mut graph, &mut fds, false).unwrap();
@@ -442,7 +442,7 @@ fn small_clusters_on_a_direct_file() {
     let mut fds = minivmm::sys::fdset::FdSets::new();
     let mut graph = Graph::new();
     let options = BlockdevOptions::take(options, &Path::Root).unwrap();
-    let node = match minivmm::block::open::add(&mut graph, &Formats::new(&mut fds), plan(options).unwrap()) {
+    let node = match minivmm::block::open::add(&mut graph, &Formats::new(&mut fds, &Default::default()), plan(options).unwrap()) {
         Ok(node) => node,
         Err(e) if e.to_string().contains("O_DIRECT") => return eprintln!("skipped: {e}"),
         Err(e) => panic!("{e}"),

@@ -142,6 +142,9 @@ pub trait Env {
     /// A duplicate out of the fd set `path` (`/dev/fdset/N`) whose access mode is that of `flags`
     /// (O_RDONLY, O_RDWR), and that has O_DIRECT if `flags` does.
     fn fdset(&self, path: &str, flags: i32) -> Result<PassedFd>;
+
+    /// The bytes of the `secret` object `id`: a password or key.
+    fn secret(&self, id: &str) -> Result<Vec<u8>>;
 }
 
 /// Opens a node and what it holds inline. Nobody uses it yet: attach a handle, or
@@ -224,6 +227,11 @@ impl Opening<'_> {
     /// A descriptor of an fd set.
     pub fn fdset(&self, path: &str, flags: i32) -> Result<PassedFd> {
         self.env.fdset(path, flags)
+    }
+
+    /// The bytes of a `secret` object.
+    pub fn secret(&self, id: &str) -> Result<Vec<u8>> {
+        self.env.secret(id)
     }
 
     /// Opens or finds a child. `perm` is what this driver does with it, and shares, as long as

@@ -98,6 +98,9 @@ impl Env for ToyEnv {
     fn fdset(&self, path: &str, _: i32) -> Result<PassedFd> {
         bail!("Failed to find fdset {path}")
     }
+    fn secret(&self, id: &str) -> Result<Vec<u8>> {
+        bail!("No secret with id '{id}'")
+    }
 }
 
 fn toy(path: &str, name: Option<&str>, backing: Backing) -> Plan {

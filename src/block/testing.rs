@@ -208,6 +208,9 @@ impl super::open::Env for NoEnv {
         ));
         Some(super::open::Plan { common: Default::default(), driver })
     }
+    fn secret(&self, id: &str) -> crate::error::Result<Vec<u8>> {
+        crate::bail!("No secret with id '{id}'")
+    }
     fn fdset(&self, path: &str, _: i32) -> crate::error::Result<super::open::PassedFd> {
         crate::bail!("Failed to find fdset {path}")
     }

@@ -3,6 +3,7 @@
 //! Owns: the list of devices with their ids. Never: knows a device model (`virtio/kinds.rs` does).
 //! Threads: control. Locks: none.
 
+use super::objects::Objects;
 use super::vm::Vm;
 use crate::bail;
 use crate::block::drive::{self, Drives, Use};
@@ -12,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::event::Events;
 use crate::net::netdev::{Netdev, Netdevs};
 use crate::virtio::kinds::{Backends, Device, DriveUse, Request, Sockets, User};
-use crate::virtio::worker::SlowThread;
+use crate::virtio::worker::{IoThread, SlowThread};
 use serde_json::{Map, Value};
 use std::sync::Arc;
 
@@ -51,6 +52,7 @@ struct Shelf<'a> {
     graph: &'a mut Graph,
     drives: &'a mut Drives,
     netdevs: &'a mut Netdevs,
+    objects: &'a Objects,
     events: &'a Events,
     macs: &'a mut u8,
 }
@@ -78,6 +80,10 @@ impl Backends for Shelf<'_> {
 
     fn netdev(&mut self, property: &str, name: &str, user: &User) -> Result<Arc<dyn Netdev>> {
         self.netdevs.attach(name, property, &user.qom_path)
+    }
+
+    fn iothread(&mut self, name: &str) -> Result<Arc<IoThread>> {
+        self.objects.iothread(name)
     }
 
     fn next_mac(&mut self) -> [u8; 6] {
@@ -117,6 +123,7 @@ impl Vm {
             graph: &mut self.graph,
             drives: &mut self.drives,
             netdevs: &mut self.netdevs,
+            objects: &self.objects,
             events: &self.events,
             macs: &mut self.devices.macs,
         };

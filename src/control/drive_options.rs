@@ -202,7 +202,7 @@ impl Vm {
         let mut graph = Graph::new();
         let mut open = |graph: &mut Graph, args: &Map<String, Value>| {
             let plan = plan(BlockdevOptions::take(Value::Object(args.clone()), &Path::Root)?)?;
-            open::add(graph, &Formats::new(&mut self.fds), plan)
+            open::add(graph, &Formats::new(&mut self.fds, &self.objects), plan)
         };
         let size = open(&mut graph, &base)?.len();
         let file = temporary()?;
@@ -261,7 +261,7 @@ impl Vm {
             Some(args) => {
                 let args = if options.snapshot == Some(true) { self.throwaway(args)? } else { args };
                 let plan = plan(BlockdevOptions::take(Value::Object(args), &Path::Root)?)?;
-                Some(open::open(&mut self.graph, &Formats::new(&mut self.fds), plan)?)
+                Some(open::open(&mut self.graph, &Formats::new(&mut self.fds, &self.objects), plan)?)
             }
         };
         let automatic = interface == BlockInterfaceType::Virtio;

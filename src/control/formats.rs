@@ -3,6 +3,7 @@
 //! A new driver is a file with an [`Open`], and a row here. Owns: the table. Never: guests, QMP's
 //! connections. Threads: control. Locks: none.
 
+use super::objects::Objects;
 use crate::block::file_open::{BlockdevOptionsFile, FilePlan};
 use crate::block::node::DetectZeroes;
 use crate::block::null::{BlockdevOptionsNull, NullPlan};
@@ -249,15 +250,16 @@ pub fn exists(format: &str) -> bool {
     FORMATS.iter().any(|l| l.name == format)
 }
 
-/// The formats and the fd sets, as opening a node needs them.
+/// The formats, the fd sets and the objects, as opening a node needs them.
 pub struct Formats<'a> {
     fds: RefCell<&'a mut FdSets>,
+    objects: &'a Objects,
 }
 
 impl<'a> Formats<'a> {
     /// For one command.
-    pub fn new(fds: &'a mut FdSets) -> Formats<'a> {
-        Formats { fds: RefCell::new(fds) }
+    pub fn new(fds: &'a mut FdSets, objects: &'a Objects) -> Formats<'a> {
+        Formats { fds: RefCell::new(fds), objects }
     }
 }
 
@@ -280,6 +282,10 @@ impl Env for Formats<'_> {
     fn fdset(&self, path: &str, flags: i32) -> Result<PassedFd> {
         let (fd, in_use) = self.fds.borrow_mut().dup(path, flags)?;
         Ok(PassedFd { fd, keep: Some(Box::new(in_use)) })
+    }
+
+    fn secret(&self, id: &str) -> Result<Vec<u8>> {
+        Ok(self.objects.secret(id)?.bytes().to_vec())
     }
 }
 

@@ -18,7 +18,8 @@ fn every_driver_that_can_be_named_can_be_opened() {
         assert_eq!(plan(options).unwrap().driver.name(), *word);
     }
     let mut fds = FdSets::new();
-    let env = Formats::new(&mut fds);
+    let objects = Objects::default();
+    let env = Formats::new(&mut fds, &objects);
     for layer in FORMATS {
         assert!(BlockdevDriver::WORDS.contains(&layer.name));
         let file = Child::New(Box::new(env.protocol("file", &path).unwrap()));
@@ -32,7 +33,8 @@ fn json_names_describe_a_node() {
     let dir = Scratch::new("formats-json");
     let path = dir.file("a", 1 << 20);
     let mut fds = FdSets::new();
-    let env = Formats::new(&mut fds);
+    let objects = Objects::default();
+    let env = Formats::new(&mut fds, &objects);
     let mut graph = Graph::new();
     let name = format!(
         "json:{{\"driver\": \"raw\", \"size\": 512, \"file\": {{\"driver\": \"file\", \"filename\": \"{path}\"}}}}"
@@ -46,7 +48,8 @@ fn json_names_describe_a_node() {
 #[test]
 fn the_drivers_without_storage() {
     let mut fds = FdSets::new();
-    let env = Formats::new(&mut fds);
+    let objects = Objects::default();
+    let env = Formats::new(&mut fds, &objects);
     let mut graph = Graph::new();
     let mut open_it = |v: serde_json::Value| {
         let options = BlockdevOptions::take(v, &qapi::Path::Root)?;

@@ -5,6 +5,7 @@
 
 use super::board::Board;
 use super::devices::Devices;
+use super::objects::Objects;
 use super::qemu_io::QemuIo;
 use super::state::RunState;
 use crate::block::drive::Drives;
@@ -156,6 +157,8 @@ pub struct Vm {
     pub(super) temporary: Vec<File>,
     /// The network backends.
     pub netdevs: Netdevs,
+    /// What `object-add` has made.
+    pub objects: Objects,
     /// The default CPU of the human commands (`cpu`).
     pub current_cpu: i64,
     /// The human command `qemu-io`.
@@ -183,6 +186,7 @@ impl Vm {
             temporary: Vec::new(),
             devices: Devices::default(),
             netdevs: Netdevs::default(),
+            objects: Objects::default(),
             current_cpu: 0,
             qemu_io: QemuIo::default(),
             attended: false,

@@ -71,7 +71,7 @@ fn blockdev_add(cx: &mut Cx, options: BlockdevOptions) -> Result<()> {
         return Err(Error::new("'node-name' must be specified for the root node"));
     }
     let plan = formats::plan(options)?;
-    open::add(&mut cx.vm.graph, &Formats::new(&mut cx.vm.fds), plan)?;
+    open::add(&mut cx.vm.graph, &Formats::new(&mut cx.vm.fds, &cx.vm.objects), plan)?;
     Ok(())
 }
 

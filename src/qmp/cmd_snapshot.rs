@@ -298,7 +298,7 @@ fn plan_sync(cx: &mut Cx, plan: &mut Plan, args: BlockdevSnapshotSync) -> Result
         over["node-name"] = name.into();
     }
     let spec = formats::plan(BlockdevOptions::take(over, &Path::Root)?)?;
-    let over = open::add(&mut cx.vm.graph, &Formats::new(&mut cx.vm.fds), spec)?;
+    let over = open::add(&mut cx.vm.graph, &Formats::new(&mut cx.vm.fds, &cx.vm.objects), spec)?;
     plan.opened.push(over.clone());
     check_overlay(&cx.vm.graph, &over)?;
     plan.overlays.push(Overlay { node, over });
@@ -325,7 +325,7 @@ fn make(cx: &mut Cx, node: &Arc<Node>, mut file: Value) -> Result<()> {
     file["node-name"] = "new".into();
     let mut graph = Graph::new();
     let spec = formats::plan(BlockdevOptions::take(file, &Path::Root)?)?;
-    let below = open::add(&mut graph, &Formats::new(&mut cx.vm.fds), spec)?;
+    let below = open::add(&mut graph, &Formats::new(&mut cx.vm.fds, &cx.vm.objects), spec)?;
     let whole = crate::block::handle::HandleSpec {
         uses: driver::Perm::WRITE | driver::Perm::RESIZE,
         shares: driver::Perm::NONE,

@@ -14,6 +14,7 @@ mod cmd_core;
 mod cmd_fd;
 mod cmd_hmp;
 mod cmd_machine;
+mod cmd_object;
 mod cmd_oob;
 mod cmd_query_block;
 mod cmd_snapshot;
@@ -31,4 +32,5 @@ static TABLES: &[&[schema::Command]] = &[
     cmd_hmp::HMP,
     cmd_snapshot::SNAPSHOT,
     cmd_throttle::THROTTLE,
+    cmd_object::OBJECT,
 ];

@@ -23,6 +23,12 @@ pub fn spawn<T: Send + 'static>(
     Builder::new().name(name.to_string()).stack_size(stack).spawn(run)
 }
 
+/// The calling thread's number in the host (gettid(2)).
+pub fn id() -> u32 {
+    // SAFETY: no arguments, always succeeds; thread numbers are positive.
+    (unsafe { libc::gettid() }) as u32
+}
+
 /// What a caught panic said.
 pub fn panic_text(panic: &(dyn std::any::Any + Send)) -> &str {
     match (panic.downcast_ref::<&str>(), panic.downcast_ref::<String>()) {

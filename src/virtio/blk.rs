@@ -8,6 +8,7 @@
 use super::blk_io::{DiskWorker, MAX_SEGMENT_SECTORS, MAX_SEGMENTS, SECTOR};
 use super::device::{Kind, Task, Thread, Transport, VirtioDevice};
 use super::queue::MAX_SIZE;
+use super::worker::IoThread;
 use crate::bail;
 use crate::block::handle::Handle;
 use crate::error::Result;
@@ -66,6 +67,8 @@ pub struct BlkConfig {
     pub config_wce: bool,
     /// Threads that serve the queues.
     pub workers: u16,
+    /// The thread that serves them instead; other disks may have the same.
+    pub iothread: Option<Arc<IoThread>>,
     /// How long each of them may look for the next request before it sleeps.
     pub poll: Duration,
 }
@@ -89,6 +92,7 @@ impl Default for BlkConfig {
             max_write_zeroes_sectors: MAX_SEGMENT_SECTORS,
             config_wce: true,
             workers: 1,
+            iothread: None,
             poll: Duration::ZERO,
         }
     }
@@ -146,6 +150,9 @@ impl BlkConfig {
         }
         if !(1..=64).contains(&self.workers) {
             bail!("workers property must be between 1 and 64");
+        }
+        if self.iothread.is_some() && self.workers != 1 {
+            bail!("'workers' and 'iothread' are mutually exclusive: an iothread is one worker");
         }
         if self.serial.len() > 20 {
             bail!("Property 'serial' must have at most 20 bytes");
@@ -314,10 +321,11 @@ impl VirtioDevice for Blk {
         let task = |n: u16| Task {
             worker: Box::new(DiskWorker::new(self.disk.clone())),
             queues: queues.clone(),
-            thread: Thread::Own(match (n, &*self.config.id) {
-                (0, id) => format!("blk {id}"),
-                (n, id) => format!("blk {id} {n}"),
-            }),
+            thread: match (&self.config.iothread, n, &*self.config.id) {
+                (Some(io), _, _) => Thread::Io(io.clone()),
+                (None, 0, id) => Thread::Own(format!("blk {id}")),
+                (None, n, id) => Thread::Own(format!("blk {id} {n}")),
+            },
             poll: self.config.poll,
         };
         Ok((0..self.config.workers).map(task).collect())

@@ -5,6 +5,7 @@
 //! thread at a time. Locks: none here.
 
 use super::queue::Queue;
+use super::worker::IoThread;
 use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
@@ -91,6 +92,8 @@ pub enum Thread {
     Own(String),
     /// The one that all slow devices share. Its workers must not block.
     Slow,
+    /// One that the user has made, and perhaps gave to other devices too.
+    Io(Arc<IoThread>),
 }
 
 /// A descriptor that a worker waits for besides the kicks.

@@ -10,7 +10,7 @@ use super::net::{Net, NetConfig, parse_mac};
 use super::pci::VirtioPci;
 use super::properties::{Properties, Property, Type};
 use super::rng::{Rng, RngConfig};
-use super::worker::SlowThread;
+use super::worker::{IoThread, SlowThread};
 use crate::bail;
 use crate::block::handle::Handle;
 use crate::error::Result;
@@ -79,6 +79,8 @@ pub trait Backends {
     fn drive(&mut self, property: &str, name: &str, user: &User, usage: &DriveUse) -> Result<Arc<Handle>>;
     /// The netdev `name`, for its only user.
     fn netdev(&mut self, property: &str, name: &str, user: &User) -> Result<Arc<dyn Netdev>>;
+    /// The `iothread` object `name`.
+    fn iothread(&mut self, name: &str) -> Result<Arc<IoThread>>;
     /// A MAC address for a card that was given none.
     fn next_mac(&mut self) -> [u8; 6];
     /// The device has not come into being after all, or has gone: its backends are free.
@@ -218,7 +220,8 @@ const BLK: &[Property] = &[
     ("num-queues", Type::Number(16)),
     ("queue-size", Type::Number(16)),
     ("workers", Type::Number(16)),
-    // Of QEMU's iothread; here the workers' own.
+    ("iothread", Type::Text),
+    // Of QEMU's iothread; here also the workers' own.
     ("poll-max-ns", Type::Number(32)),
     ("discard", Type::Bool),
     ("write-zeroes", Type::Bool),
@@ -229,6 +232,8 @@ const BLK: &[Property] = &[
 
 fn make_blk(p: &Properties, making: &mut Making) -> Result<Arc<dyn VirtioDevice>> {
     let d = BlkConfig::default();
+    let iothread = p.text("iothread").map(|name| making.backends.iothread(name)).transpose()?;
+    let poll = iothread.as_ref().map_or(d.poll, |io| io.poll_max());
     let config = BlkConfig {
         id: making.user.id.clone(),
         serial: p.text("serial").unwrap_or_default().to_string(),
@@ -243,7 +248,8 @@ fn make_blk(p: &Properties, making: &mut Making) -> Result<Arc<dyn VirtioDevice>
         num_queues: p.number("num-queues").unwrap_or(making.cpus.clamp(1, 64) as u16),
         queue_size: p.number("queue-size").unwrap_or(d.queue_size),
         workers: p.number("workers").unwrap_or(d.workers),
-        poll: p.number("poll-max-ns").map_or(d.poll, Duration::from_nanos),
+        iothread,
+        poll: p.number("poll-max-ns").map_or(poll, Duration::from_nanos),
         discard: p.switch("discard").unwrap_or(d.discard),
         write_zeroes: p.switch("write-zeroes").unwrap_or(d.write_zeroes),
         max_discard_sectors: p.number("max-discard-sectors").unwrap_or(d.max_discard_sectors),

@@ -24,6 +24,9 @@ impl Backends for One {
     fn netdev(&mut self, property: &str, name: &str, _: &User) -> Result<Arc<dyn Netdev>> {
         Err(Error::new(format!("Property '{property}' can't find value '{name}'")))
     }
+    fn iothread(&mut self, name: &str) -> Result<Arc<IoThread>> {
+        Err(Error::new(format!("Device '{name}' not found")))
+    }
     fn next_mac(&mut self) -> [u8; 6] {
         [0x52, 0x54, 0, 1, 2, 3]
     }

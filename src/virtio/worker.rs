@@ -21,7 +21,7 @@ use super::device::{Task, Thread, Transport, Worker};
 use super::kick::{Kick, Waker};
 use super::queue::{Halt, Queue};
 use crate::sys::poll::{PollSet, Token};
-use crate::sys::thread::{IO_STACK, panic_text, spawn};
+use crate::sys::thread::{self, IO_STACK, panic_text, spawn};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -55,6 +55,8 @@ enum Command {
     Remove((usize, usize), SyncSender<()>),
     /// No worker is in a call.
     Sync(SyncSender<()>),
+    /// The thread's number.
+    Tell(SyncSender<u32>),
     Quit,
 }
 
@@ -63,14 +65,16 @@ struct Loop {
     kick: Arc<Kick>,
     commands: Mutex<Vec<Command>>,
     thread: Mutex<Option<JoinHandle<()>>>,
+    pace: Pace,
 }
 
 impl Loop {
-    fn start(name: &str) -> io::Result<Arc<Loop>> {
+    fn start(name: &str, pace: Pace) -> io::Result<Arc<Loop>> {
         let this = Arc::new(Loop {
             kick: Arc::new(Kick::new()?),
             commands: Mutex::new(Vec::new()),
             thread: Mutex::new(None),
+            pace,
         });
         let theirs = this.clone();
         // A name is a C string.
@@ -103,7 +107,7 @@ impl Loop {
     fn run(&self) {
         let mut members: Vec<Member> = Vec::new();
         let (mut poll, mut sources) = (PollSet::default(), Vec::new());
-        let mut patience = Patience::default();
+        let mut patience = Patience { window: Duration::ZERO, pace: self.pace };
         loop {
             for command in self.take_commands() {
                 match command {
@@ -114,6 +118,8 @@ impl Loop {
                         }
                     }
                     Command::Sync(_done) => {}
+                    // Who asks has room for the answer, and waits for it.
+                    Command::Tell(to) => drop(to.send(thread::id())),
                     Command::Quit => return,
                 }
             }
@@ -167,9 +173,18 @@ impl Loop {
 /// How long a loop looks at its queues before it sleeps. A sleep and its end by an eventfd cost
 /// more than some microseconds of looking; but an idle VM must cost nothing: one long sleep, and
 /// the next ones come at once, until there was a short one.
-#[derive(Default)]
 struct Patience {
     window: Duration,
+    pace: Pace,
+}
+
+/// How the time that a thread looks at its queues grows and shrinks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Pace {
+    /// Factor after a short sleep; 0 is 2.
+    pub grow: u32,
+    /// Divisor after a long sleep; 0: no looking until there was a short one.
+    pub shrink: u32,
 }
 
 impl Patience {
@@ -202,8 +217,14 @@ impl Patience {
         let begin = Instant::now();
         let result = sleep();
         let missed = begin.elapsed() <= max;
-        self.window =
-            if missed { (self.window * 2).clamp(Self::FIRST.min(max), max) } else { Duration::ZERO };
+        self.window = match (missed, self.pace.shrink) {
+            (true, _) => {
+                let factor = if self.pace.grow == 0 { 2 } else { self.pace.grow };
+                self.window.saturating_mul(factor).clamp(Self::FIRST.min(max), max)
+            }
+            (false, 0) => Duration::ZERO,
+            (false, divisor) => self.window / divisor,
+        };
         result
     }
 }
@@ -289,7 +310,7 @@ impl SlowThread {
         let mut slot = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let (running, users) = match slot.take() {
             Some(slot) => slot,
-            None => (Loop::start(SLOW)?, 0),
+            None => (Loop::start(SLOW, Pace::default())?, 0),
         };
         *slot = Some((running.clone(), users + 1));
         Ok(running)
@@ -305,26 +326,92 @@ impl SlowThread {
     }
 }
 
+/// A thread that the user has made (`object-add`, `iothread`), for the workers of the devices that
+/// name it: from its making until nobody has it any more.
+pub struct IoThread {
+    on: Arc<Loop>,
+    id: u32,
+    poll_max: Duration,
+}
+
+impl IoThread {
+    /// Starts the thread. Its workers look for new requests for `poll_max` at most before it sleeps.
+    pub fn start(name: &str, poll_max: Duration, pace: Pace) -> io::Result<IoThread> {
+        let on = Loop::start(name, pace)?;
+        // Its first command: it says who it is.
+        let (tell, told) = sync_channel(1);
+        on.post(Command::Tell(tell));
+        let id = told.recv().unwrap_or_default();
+        Ok(IoThread { on, id, poll_max })
+    }
+
+    /// Its number in the host.
+    pub fn id(&self) -> u32 {
+        self.id
+    }
+
+    /// How long it may look for new requests.
+    pub fn poll_max(&self) -> Duration {
+        self.poll_max
+    }
+
+    /// How that time grows and shrinks.
+    pub fn pace(&self) -> Pace {
+        self.on.pace
+    }
+}
+
+impl Drop for IoThread {
+    fn drop(&mut self) {
+        self.on.quit();
+    }
+}
+
+impl std::fmt::Debug for IoThread {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "IoThread({})", self.id)
+    }
+}
+
+/// The same thread.
+impl PartialEq for IoThread {
+    fn eq(&self, other: &IoThread) -> bool {
+        self.id == other.id
+    }
+}
+
+impl Eq for IoThread {}
+
 /// A loop that a crew's worker runs on; given back when dropped.
 struct Place {
     on: Arc<Loop>,
-    slow: Option<Arc<SlowThread>>,
+    owner: Owner,
+}
+
+/// Who ends a loop's thread.
+enum Owner {
+    Crew,
+    Slow(Arc<SlowThread>),
+    /// Kept alive by whoever runs on it.
+    Io(#[expect(dead_code, reason = "only held")] Arc<IoThread>),
 }
 
 impl Place {
     fn find(thread: &Thread, slow: &Arc<SlowThread>) -> io::Result<Place> {
         Ok(match thread {
-            Thread::Own(name) => Place { on: Loop::start(name)?, slow: None },
-            Thread::Slow => Place { on: slow.acquire()?, slow: Some(slow.clone()) },
+            Thread::Own(name) => Place { on: Loop::start(name, Pace::default())?, owner: Owner::Crew },
+            Thread::Slow => Place { on: slow.acquire()?, owner: Owner::Slow(slow.clone()) },
+            Thread::Io(io) => Place { on: io.on.clone(), owner: Owner::Io(io.clone()) },
         })
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        match &self.slow {
-            Some(slow) => slow.release(),
-            None => self.on.quit(),
+        match &self.owner {
+            Owner::Crew => self.on.quit(),
+            Owner::Slow(slow) => slow.release(),
+            Owner::Io(_) => {}
         }
     }
 }

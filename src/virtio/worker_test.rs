@@ -258,7 +258,7 @@ fn the_slow_thread_lives_as_long_as_it_has_users() {
 #[test]
 fn patience_is_learned_from_short_sleeps_and_lost_by_a_long_one() {
     let max = Duration::from_millis(5);
-    let mut patience = Patience::default();
+    let mut patience = Patience { window: Duration::ZERO, pace: Pace::default() };
     assert!(!patience.watch(|| panic!("an idle loop does not even look")));
     patience.sleep(max, || ());
     assert_eq!(patience.window, Patience::FIRST);
@@ -269,4 +269,37 @@ fn patience_is_learned_from_short_sleeps_and_lost_by_a_long_one() {
     assert_eq!(patience.window, Duration::ZERO);
     patience.sleep(Duration::ZERO, || ());
     assert_eq!(patience.window, Duration::ZERO);
+}
+
+#[test]
+fn patience_grows_and_shrinks_at_the_pace_of_its_iothread() {
+    let max = Duration::from_millis(5);
+    let mut patience = Patience { window: Duration::ZERO, pace: Pace { grow: 10, shrink: 4 } };
+    patience.sleep(max, || ());
+    patience.sleep(max, || ());
+    assert_eq!(patience.window, Patience::FIRST * 10);
+    patience.sleep(max, || std::thread::sleep(max * 2));
+    assert_eq!(patience.window, Patience::FIRST * 10 / 4);
+}
+
+#[test]
+fn devices_share_an_iothread_that_outlives_them() {
+    let io = Arc::new(IoThread::start("IO x", Duration::ZERO, Pace::default()).unwrap());
+    let task = format!("/proc/self/task/{}", io.id());
+    assert_eq!(std::fs::read_to_string(format!("{task}/comm")).unwrap(), "IO x\n");
+    let (mut a, mut b) = (rig(false), rig(false));
+    let worker = || Box::new(Counter { calls: Arc::default(), stop: None }) as Box<dyn Worker>;
+    let one = a.crew(vec![(worker(), Thread::Io(io.clone()))]);
+    let two = b.crew(vec![(worker(), Thread::Io(io.clone()))]);
+    for r in [&mut a, &mut b] {
+        r.offer();
+        until(|| r.ring.answer());
+    }
+    drop(two);
+    a.offer();
+    until(|| a.ring.answer());
+    drop(one);
+    assert_eq!(Arc::strong_count(&io), 1);
+    drop(io);
+    assert!(!std::path::Path::new(&task).exists(), "the thread goes with its object");
 }

@@ -12,6 +12,7 @@ use minivmm::block::graph::Graph;
 use minivmm::block::node::Node;
 use minivmm::block::open;
 use minivmm::control::formats::{BlockdevOptions, Formats, plan};
+use minivmm::control::objects::Objects;
 use minivmm::qapi::{Path as Where, Wire};
 use minivmm::sys::fdset::FdSets;
 use minivmm::sys::iov::{Iov, IovMut};
@@ -103,7 +104,8 @@ fn make(b: &Bench, format: &str, image: Image) -> PathBuf {
 fn ours(format: &str, path: &Path, case: &Case) -> Cost {
     let mut graph = Graph::new();
     let mut fds = FdSets::default();
-    let formats = Formats::new(&mut fds);
+    let objects = Objects::default();
+    let formats = Formats::new(&mut fds, &objects);
     let file = json!({"driver": "file", "filename": path, "node-name": "file"});
     let options = match format {
         "raw" => file,
