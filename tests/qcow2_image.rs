@@ -442,7 +442,11 @@ fn small_clusters_on_a_direct_file() {
     let mut fds = minivmm::sys::fdset::FdSets::new();
     let mut graph = Graph::new();
     let options = BlockdevOptions::take(options, &Path::Root).unwrap();
-    let node = match minivmm::block::open::add(&mut graph, &Formats::new(&mut fds, &Default::default()), plan(options).unwrap()) {
+    let node = match minivmm::block::open::add(
+        &mut graph,
+        &Formats::new(&mut fds, &Default::default()),
+        plan(options).unwrap(),
+    ) {
         Ok(node) => node,
         Err(e) if e.to_string().contains("O_DIRECT") => return eprintln!("skipped: {e}"),
         Err(e) => panic!("{e}"),
