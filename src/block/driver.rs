@@ -211,7 +211,7 @@ pub trait Driver: Send + Sync {
         false
     }
 
-    /// Alignment and preferences; constant while the node is open.
+    /// Alignment and preferences; constant while the node is open, but for a reopen.
     fn limits(&self) -> Limits {
         Limits::default()
     }

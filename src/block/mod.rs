@@ -17,6 +17,7 @@ pub mod gate;
 pub mod graph;
 pub mod handle;
 pub mod node;
+mod node_options;
 pub mod null;
 pub mod open;
 pub mod perm;

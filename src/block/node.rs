@@ -10,7 +10,10 @@
 //! read-modify-write waits for it on a condition variable).
 
 use super::bitmaps::Bitmaps;
+pub use super::node_options::{DetectZeroes, NodeOptions};
+
 use super::driver::{Driver, Extent, ExtentKind, Flags, Limits};
+use super::node_options::{LimitsCell, OptionsCell};
 use super::serial::Serial;
 use crate::sys::buf::AlignedBuf;
 use crate::sys::iov::{Iov, IovMut};
@@ -67,69 +70,6 @@ impl Edge {
     }
 }
 
-/// What becomes of a write of zeroes (`detect-zeroes`).
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub enum DetectZeroes {
-    /// It is a write.
-    #[default]
-    Off,
-    /// It is a zero request.
-    On,
-    /// It is a zero request that may give the space back.
-    Unmap,
-}
-
-impl DetectZeroes {
-    /// The word on the wire.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            DetectZeroes::Off => "off",
-            DetectZeroes::On => "on",
-            DetectZeroes::Unmap => "unmap",
-        }
-    }
-}
-
-/// The options that every node has, whatever its driver.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct NodeOptions {
-    /// Writes are refused.
-    pub read_only: bool,
-    /// Discard requests and unmapping zeroes reach the driver (`discard=unmap`).
-    pub unmap: bool,
-    /// What becomes of a write of zeroes.
-    pub detect_zeroes: DetectZeroes,
-    /// The host's page cache is bypassed (`cache.direct`).
-    pub direct: bool,
-    /// Flushes do not reach the storage (`cache.no-flush`): fast, and lost in a host crash.
-    pub no_flush: bool,
-    /// False: each write is followed by a flush (`cache.writeback` of QEMU 2.8's `blockdev-add`).
-    pub writeback: bool,
-    /// Shares the image with everybody; only for read-only nodes.
-    pub force_share: bool,
-    /// Turns read-only by itself when it cannot be opened for writing.
-    pub auto_read_only: bool,
-    /// A filter that a command inserted and that the user gave no name: queries about drives pass it
-    /// over.
-    pub implicit: bool,
-}
-
-impl Default for NodeOptions {
-    fn default() -> NodeOptions {
-        NodeOptions {
-            read_only: false,
-            unmap: false,
-            detect_zeroes: DetectZeroes::Off,
-            direct: false,
-            no_flush: false,
-            writeback: true,
-            force_share: false,
-            auto_read_only: false,
-            implicit: false,
-        }
-    }
-}
-
 /// Tells the control thread that a write went beyond the threshold; by how many bytes.
 pub type ThresholdHook = Box<dyn FnOnce(u64) + Send>;
 
@@ -139,11 +79,9 @@ pub struct Node {
     pub name: String,
     /// The format, protocol or filter. I/O goes through the node's methods, not through this.
     pub driver: Box<dyn Driver>,
-    /// What was asked for when it was opened; whether it is read-only now is
-    /// [`Node::read_only`]'s to say.
-    pub options: NodeOptions,
+    options: OptionsCell,
     read_only: AtomicBool,
-    limits: Limits,
+    limits: LimitsCell,
     /// True without children: the driver is the storage itself.
     storage: bool,
     /// End of the highest write, in bytes; 0 before the first.
@@ -163,16 +101,14 @@ impl Node {
     /// A node in front of `driver`. Reach it through a graph, or, in tests, directly.
     pub fn new(name: impl Into<String>, driver: Box<dyn Driver>, options: NodeOptions) -> Arc<Node> {
         let limits = driver.limits();
-        debug_assert!(limits.request_alignment.is_power_of_two());
-        debug_assert!(limits.memory_alignment.is_power_of_two());
         let storage = driver.edges().is_empty();
         Arc::new(Node {
             name: name.into(),
             driver,
             storage,
-            options,
+            options: OptionsCell::new(options),
             read_only: AtomicBool::new(options.read_only),
-            limits,
+            limits: LimitsCell::new(limits),
             highest: AtomicU64::new(0),
             changes: AtomicU64::new(0),
             flushed: AtomicU64::new(u64::MAX),
@@ -201,7 +137,7 @@ impl Node {
     /// This node, or the first below it that the user knows of.
     pub fn skip_implicit(self: Arc<Node>) -> Arc<Node> {
         let mut node = self;
-        while node.options.implicit
+        while node.options().implicit
             && let Some(below) = node.filtered()
         {
             node = below;
@@ -211,7 +147,20 @@ impl Node {
 
     /// The driver's alignment and preferences.
     pub fn limits(&self) -> Limits {
-        self.limits
+        self.limits.get()
+    }
+
+    /// What was asked for when it was opened, or last reopened; whether it is read-only now is
+    /// [`Node::read_only`]'s to say.
+    pub fn options(&self) -> NodeOptions {
+        self.options.get()
+    }
+
+    /// It is reopened: other options, and other limits of its driver. Only the graph does this, with
+    /// the gates above closed.
+    pub(super) fn reopened(&self, options: NodeOptions) {
+        self.options.set(options);
+        self.limits.set(self.driver.limits());
     }
 
     /// True when writes are refused.
@@ -259,7 +208,7 @@ impl Node {
     }
 
     fn read_inside(&self, off: u64, to: &mut IovMut) -> io::Result<()> {
-        let align = u64::from(self.limits.request_alignment);
+        let align = u64::from(self.limits().request_alignment);
         let n = to.len() as u64;
         if (off | n) & (align - 1) == 0 && self.memory_fits(to.as_source()) {
             return self.driver.read(off, to);
@@ -279,16 +228,16 @@ impl Node {
     }
 
     fn memory_fits(&self, iov: &Iov) -> bool {
-        let (memory, request) = (self.limits.memory_alignment, self.limits.request_alignment);
+        let (memory, request) = (self.limits().memory_alignment, self.limits().request_alignment);
         memory == 1 || iov.fits(memory as usize, request as usize)
     }
 
     /// A buffer for the aligned surroundings of a request, at most [`BOUNCE`] long.
     fn bounce(&self, off: u64, n: u64) -> AlignedBuf {
-        let align = u64::from(self.limits.request_alignment);
+        let align = u64::from(self.limits().request_alignment);
         let span = (off + n).next_multiple_of(align) - (off & !(align - 1));
         let len = span.min(BOUNCE.next_multiple_of(align));
-        AlignedBuf::new(len as usize, self.limits.memory_alignment.max(16) as usize)
+        AlignedBuf::new(len as usize, self.limits().memory_alignment.max(16) as usize)
     }
 
     /// Writes all of `from` at `off`. EPERM when read-only; EIO beyond the end, unless the driver
@@ -299,8 +248,8 @@ impl Node {
         if n == 0 {
             return Ok(());
         }
-        if self.options.detect_zeroes != DetectZeroes::Off && is_zero(from) {
-            let unmap = match self.options.detect_zeroes {
+        if self.options().detect_zeroes != DetectZeroes::Off && is_zero(from) {
+            let unmap = match self.options().detect_zeroes {
                 DetectZeroes::Unmap => Flags::MAY_UNMAP,
                 _ => Flags::NONE,
             };
@@ -313,7 +262,7 @@ impl Node {
     }
 
     fn write_inside(&self, off: u64, from: &Iov, flags: Flags) -> io::Result<()> {
-        let align = u64::from(self.limits.request_alignment);
+        let align = u64::from(self.limits().request_alignment);
         let n = from.len() as u64;
         let aligned = (off | n) & (align - 1) == 0;
         let _turn = (align > 1)
@@ -349,7 +298,7 @@ impl Node {
             return Ok(());
         }
         // `to` is a block of an aligned buffer, but only as aligned as requests are.
-        let memory = self.limits.memory_alignment as usize;
+        let memory = self.limits().memory_alignment as usize;
         if (to.as_ptr() as usize) & (memory - 1) == 0 {
             return self.driver.read(at, &mut IovMut::from_slice(to));
         }
@@ -372,10 +321,10 @@ impl Node {
     }
 
     fn zero_inside(&self, off: u64, len: u64, flags: Flags) -> io::Result<()> {
-        let align = u64::from(self.limits.request_alignment);
+        let align = u64::from(self.limits().request_alignment);
         let end = off + len;
         let (first, last) = (off.next_multiple_of(align), end & !(align - 1));
-        let keep = if self.options.unmap { Flags::MAY_UNMAP } else { Flags::NONE };
+        let keep = if self.options().unmap { Flags::MAY_UNMAP } else { Flags::NONE };
         let pass = Flags(flags.0 & (keep | Flags::NO_FALLBACK).0);
         if (first != off || last != end) && flags.contains(Flags::NO_FALLBACK) {
             return Err(errno(libc::ENOTSUP));
@@ -404,7 +353,7 @@ impl Node {
 
     /// Writes zeroes as data.
     fn write_zeroes(&self, off: u64, len: u64) -> io::Result<()> {
-        let align = self.limits.memory_alignment.max(16) as usize;
+        let align = self.limits().memory_alignment.max(16) as usize;
         let zeroes = AlignedBuf::new(len.min(BOUNCE) as usize, align);
         let mut done = 0;
         while done < len {
@@ -422,9 +371,9 @@ impl Node {
         if off + len > self.len() {
             return Err(errno(libc::EIO));
         }
-        let align = u64::from(self.limits.request_alignment);
+        let align = u64::from(self.limits().request_alignment);
         let (first, last) = (off.next_multiple_of(align), (off + len) & !(align - 1));
-        if !self.options.unmap || first >= last {
+        if !self.options().unmap || first >= last {
             return Ok(());
         }
         self.check_threshold(off + len);
@@ -442,7 +391,7 @@ impl Node {
     /// Every write that returned before this call is on stable storage when this returns, unless
     /// the node is opened with `cache.no-flush`.
     pub fn flush(&self) -> io::Result<()> {
-        if self.storage && self.options.no_flush {
+        if self.storage && self.options().no_flush {
             return Ok(());
         }
         // Only writes that completed before this load must be covered. A format may have metadata
@@ -498,7 +447,7 @@ impl Node {
     }
 
     fn after_write(&self, flags: Flags) -> io::Result<()> {
-        if flags.contains(Flags::FUA) || !self.options.writeback { self.flush() } else { Ok(()) }
+        if flags.contains(Flags::FUA) || !self.options().writeback { self.flush() } else { Ok(()) }
     }
 
     fn check_threshold(&self, end: u64) {

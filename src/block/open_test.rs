@@ -265,7 +265,7 @@ fn children_inherit_what_they_do_not_say() {
     plan.common.read_only = Some(true);
     open(&mut graph, &ToyEnv, plan).unwrap();
     for node in graph.nodes() {
-        let o = node.options;
+        let o = node.options();
         assert!(o.no_flush && o.read_only, "{}", node.name);
         assert_eq!(o.unmap, node.name != "top", "formats pass on what their users allow");
     }

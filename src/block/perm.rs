@@ -167,7 +167,7 @@ pub(super) fn check(nodes: &[Arc<Node>], roots: &[Use]) -> Result<Vec<Verdict>> 
         for edge in node.driver.edges() {
             let Some(child) = edge.node() else { continue };
             let (uses, shares) = node.driver.wants(&edge, (uses, shares));
-            let shares = if node.options.force_share { Perm::ALL } else { shares };
+            let shares = if node.options().force_share { Perm::ALL } else { shares };
             users.entry(key(&child)).or_default().push(Use {
                 node: child,
                 role: edge.role.clone(),

@@ -21,7 +21,7 @@ impl Graph {
         if read_only && self.perm_of(node).0 & writing != Perm::NONE {
             bail!("Node '{}' is being written to", node.name);
         }
-        if !read_only && node.options.force_share {
+        if !read_only && node.options().force_share {
             bail!("Node '{}' is opened with force-share=on", node.name);
         }
         let mut all = vec![node.clone()];

@@ -163,7 +163,7 @@ fn device_info(node: &Node, handle: Option<&Handle>, flat: bool) -> BlockDeviceI
         backing_file_depth: if flat { 0 } else { i64::try_from(chain.count()).unwrap_or(i64::MAX) },
         active: true,
         encrypted: image.encrypted.unwrap_or(false),
-        detect_zeroes: match node.options.detect_zeroes {
+        detect_zeroes: match node.options().detect_zeroes {
             DetectZeroes::Off => BlockdevDetectZeroesOptions::Off,
             DetectZeroes::On => BlockdevDetectZeroesOptions::On,
             DetectZeroes::Unmap => BlockdevDetectZeroesOptions::Unmap,
@@ -190,9 +190,9 @@ fn device_info(node: &Node, handle: Option<&Handle>, flat: bool) -> BlockDeviceI
         group: member.map(|m| m.group().name.clone()),
         image,
         cache: BlockdevCacheInfo {
-            writeback: handle.is_none_or(Handle::write_cache) && node.options.writeback,
-            direct: node.options.direct,
-            no_flush: node.options.no_flush,
+            writeback: handle.is_none_or(Handle::write_cache) && node.options().writeback,
+            direct: node.options().direct,
+            no_flush: node.options().no_flush,
         },
         // Its type is `int`: thresholds that no disk reaches are shown as negative numbers.
         write_threshold: node.write_threshold().cast_signed(),

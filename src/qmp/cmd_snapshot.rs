@@ -284,7 +284,7 @@ fn plan_sync(cx: &mut Cx, plan: &mut Plan, args: BlockdevSnapshotSync) -> Result
     if !formats::exists(format) {
         bail!("Unknown driver '{format}'");
     }
-    let options = node.options;
+    let options = node.options();
     let mut over = json!({
         "driver": format,
         "file": file,
