@@ -1,11 +1,11 @@
 #!/bin/bash
-# l1.sh [-i FILE[:DEST]]… [-x PROGRAM[:DEST]]… [-o DIR] [-m MIB] [-c CPUS] [-t SECONDS] COMMAND: boots L1 with the files (and programs with their
-# libraries) in it, runs COMMAND by sh, streams its output, returns its status. What it leaves in /out is unpacked into DIR.
+# l1.sh [-i FILE[:DEST]]… [-x PROGRAM[:DEST]]… [-d IMAGE]… [-o DIR] [-m MIB] [-c CPUS] [-t SECONDS] COMMAND: boots L1 with the files (and programs with their
+# libraries) in it and raw IMAGEs as its read-only disks (/dev/vdb … when there is -o), runs COMMAND by sh, streams its output, returns its status. What it leaves in /out is unpacked into DIR.
 # 124: it took too long; 125: L1 died.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 cache=${LAB_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/minivmm-lab}/cloud
-memory=1536 cpus=1 limit=300 out=
+memory=1536 cpus=1 limit=300 out= disks=()
 work=$(mktemp -d "${TMPDIR:-/tmp}/lab.XXXXXX")
 qemu=
 trap '[ -z "$qemu" ] || kill -9 "$qemu" 2>/dev/null; rm -rf "$work"' EXIT
@@ -16,7 +16,7 @@ put() {
   mkdir -p "$work/tree$(dirname "$to")"
   cp -aL --reflink=auto "$from" "$work/tree$to"
 }
-while getopts i:x:o:m:c:t: option; do
+while getopts i:x:d:o:m:c:t: option; do
   case $option in
   i) put "$OPTARG" ;;
   x)
@@ -26,6 +26,7 @@ while getopts i:x:o:m:c:t: option; do
       cp -L "$library" "$work/tree$library"
     done
     ;;
+  d) disks+=("$OPTARG") ;;
   o) out=$OPTARG ;;
   m) memory=$OPTARG ;;
   c) cpus=$OPTARG ;;
@@ -45,6 +46,9 @@ if [ -n "$out" ]; then
   truncate -s 512M "$work/out.raw"
   drives=(-drive "if=none,id=out,file=$work/out.raw,format=raw" -device virtio-blk-pci,drive=out,serial=labout)
 fi
+for n in "${!disks[@]}"; do
+  drives+=(-drive "if=none,id=d$n,file=${disks[n]},format=raw,read-only=on" -device "virtio-blk-pci,drive=d$n")
+done
 : >"$work/status"
 timeout -k 5 "$limit" qemu-system-x86_64 -M q35 -accel tcg,thread=multi,tb-size=512 -cpu max -smp "$cpus" -m "$memory" \
   -nodefaults -no-user-config -display none -no-reboot -kernel "$cache/vmlinux" -initrd "$work/initrd" \
