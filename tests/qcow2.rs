@@ -392,6 +392,67 @@ fn a_cluster_is_not_reused_while_a_request_is_at_it() {
     }
 }
 
+/// A request panics while its data are on their way: nobody waits for it for ever, and what it was
+/// to write is not half there.
+#[test]
+fn a_panic_in_data_io_holds_up_nobody() {
+    let o = CreateOptions { size: 1 << 20, cluster_size: 4096, ..CreateOptions::default() };
+    let disk = fresh(&o);
+    let image = open_image(&disk, None, Options::default()).expect("open");
+    disk.hold.store(true, Ordering::SeqCst);
+    assert!(fails(std::panic::AssertUnwindSafe(|| _ = write(&image, 0, &[PANIC; 4096]))));
+    let (tell, told) = std::sync::mpsc::channel();
+    std::thread::scope(|s| {
+        let image = &image;
+        s.spawn(move || {
+            assert!(read(image, 0, 512).expect("read").iter().all(|b| *b == 0));
+            write(image, 0, &[3; 4096]).expect("the same cluster");
+            image.discard(0, 4096).expect("discard");
+            image.close().expect("close");
+            tell.send(()).unwrap();
+        });
+        // A hang cannot be joined.
+        if told.recv_timeout(Duration::from_secs(20)).is_err() {
+            eprintln!("a request hangs");
+            std::process::abort();
+        }
+    });
+    let report = image.check().expect("check");
+    assert!(report.errors.is_empty(), "{report:?}");
+}
+
+/// A table that its L1 entry does not call ours, but whose entries do: only in broken images. The
+/// write must not look for its place for ever.
+#[test]
+fn flags_that_contradict_each_other_do_not_hang_a_write() {
+    for external in [false, true] {
+        let o = CreateOptions {
+            size: 1 << 20,
+            cluster_size: 4096,
+            data_file: external.then(|| "data".into()),
+            ..CreateOptions::default()
+        };
+        let (disk, outside) = (Disk::new(Vec::new()), Disk::new(Vec::new()));
+        let data = external.then(|| node(&outside));
+        minivmm::qcow2::create::create(&node(&disk), data.as_ref(), &o).expect("create");
+        let open = || {
+            let data = external.then(|| edge("data-file", node(&outside)));
+            let backing = minivmm::block::node::Edge::new("backing", None);
+            minivmm::qcow2::open::open(edge("file", node(&disk)), backing, data, Options::default())
+        };
+        let image = open().expect("open");
+        write(&image, 0, &[1; 4096]).expect("write");
+        write(&image, 8192, &[1; 4096]).expect("write");
+        image.close().expect("close");
+        let l1 = u64::from_be_bytes(disk.copy()[40..48].try_into().unwrap()) as usize;
+        disk.bytes.lock().unwrap()[l1] &= 0x7f;
+        let image = open().expect("open");
+        write(&image, 1024, &[2; 7000]).expect("write");
+        assert_eq!(read(&image, 0, 1024).expect("read"), [1; 1024]);
+        assert_eq!(read(&image, 1024, 7000).expect("read"), [2; 7000]);
+    }
+}
+
 /// The suite notices these bugs.
 #[test]
 fn mutants_are_caught() {

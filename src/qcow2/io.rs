@@ -43,8 +43,9 @@ impl Meta {
     }
 
     /// Reserves host clusters for a write of `len` bytes at `off`, or for as much of it as can be
-    /// done at once. Nothing of the first cluster is in flight, nor can it be written in place.
-    fn reserve(&mut self, file: &Node, off: u64, len: u64) -> io::Result<Plan> {
+    /// done at once. Nothing of the first cluster is in flight. `None`: it can be written in place
+    /// now (its table was not ours alone before).
+    fn reserve(&mut self, file: &Node, off: u64, len: u64) -> io::Result<Option<Plan>> {
         let geo = self.geo;
         let c = geo.cluster(off);
         self.ensure_l2(file, c)?;
@@ -58,6 +59,9 @@ impl Meta {
         }
         let first = self.entry(file, c)?;
         let ours = self.is_ours(&first);
+        if ours && first.data >> (geo.in_cluster(off) >> geo.unit_bits()) & 1 != 0 {
+            return Ok(None);
+        }
         let mut last = first;
         let mut count = 1;
         while c + count < end {
@@ -110,7 +114,7 @@ impl Meta {
         }
         let write = off & !(unit(&first) - 1)..data.end.next_multiple_of(unit(&last));
         self.in_flight.push(c..c + count);
-        Ok(Plan { range: c..c + count, host, new, fresh, write, data })
+        Ok(Some(Plan { range: c..c + count, host, new, fresh, write, data }))
     }
 
     /// Enters what was written into the L2 table: from now on it is read.
@@ -269,12 +273,13 @@ impl Qcow2 {
     }
 
     /// Writes the part of `from` that begins at `at` and belongs at `off` to newly allocated
-    /// clusters, or to own ones that are not data yet; answers how much.
+    /// clusters, or to own ones that are not data yet; answers how much (0: it goes in place now).
     fn allocate(&self, mut meta: MutexGuard<'_, Meta>, at: usize, off: u64, from: &Iov) -> io::Result<u64> {
         let file = self.file()?;
         let plan = meta.reserve(&file, off, (from.len() - at) as u64);
         drop(meta);
-        let plan = self.judge(plan)?;
+        let Some(plan) = self.judge(plan)? else { return Ok(0) };
+        let flight = self.flight(plan.range.clone());
         let early = self.has_bug(Mutant::LinkBeforeData);
         if early {
             self.lock().link(&file, &plan)?;
@@ -287,10 +292,8 @@ impl Qcow2 {
         if done.is_err() && plan.new && !self.geo.external {
             meta.free(plan.host, plan.range.end - plan.range.start, false);
         }
-        meta.landed(&plan.range);
-        drop(meta);
+        flight.landed(meta);
         self.early_free();
-        self.changed.notify_all();
         self.judge(done)?;
         Ok(plan.data.end - plan.data.start)
     }

@@ -260,7 +260,7 @@ impl Meta {
         let mut cluster = c;
         'page: while at < page.len() && pos < end {
             let entry = decode(&geo, page, at, cluster)?;
-            let Some(host) = entry.host.filter(|_| entry.copied) else { break };
+            let Some(host) = entry.host.filter(|_| entry.copied || geo.external) else { break };
             let start = *first.get_or_insert(host + geo.in_cluster(off));
             if start + (pos - off) != host + geo.in_cluster(pos) {
                 break;

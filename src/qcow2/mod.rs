@@ -109,6 +109,34 @@ impl Drop for Using<'_> {
     }
 }
 
+/// Guest clusters that are in the in-flight list. They leave it with [`InFlight::landed`], or, should
+/// the thread panic before, when this is dropped: nobody waits for them for ever. What was reserved
+/// for them is leaked then.
+struct InFlight<'a> {
+    image: &'a Qcow2,
+    range: Range<u64>,
+    over: bool,
+}
+
+impl InFlight<'_> {
+    /// It is over, well or not; wakes who waits for it.
+    fn landed(mut self, mut meta: MutexGuard<'_, Meta>) {
+        meta.landed(&self.range);
+        self.over = true;
+        drop(meta);
+        self.image.changed.notify_all();
+    }
+}
+
+impl Drop for InFlight<'_> {
+    fn drop(&mut self) {
+        if !self.over {
+            self.image.lock().landed(&self.range);
+            self.image.changed.notify_all();
+        }
+    }
+}
+
 /// The image for one thread alone: no request runs or begins. Dropping it lets them go on.
 struct Exclusive<'a>(&'a Qcow2);
 
@@ -119,13 +147,26 @@ impl Drop for Exclusive<'_> {
     }
 }
 
+/// See [`Qcow2::lock`].
+fn poisoned<'a>(e: PoisonError<MutexGuard<'a, Meta>>) -> MutexGuard<'a, Meta> {
+    let mut meta = e.into_inner();
+    meta.corrupt = true;
+    meta
+}
+
 impl Qcow2 {
+    /// The metadata. After a panic in the middle of a change nothing is written any more.
     fn lock(&self) -> MutexGuard<'_, Meta> {
-        self.meta.lock().unwrap_or_else(PoisonError::into_inner)
+        self.meta.lock().unwrap_or_else(poisoned)
     }
 
     fn wait<'a>(&'a self, meta: MutexGuard<'a, Meta>) -> MutexGuard<'a, Meta> {
-        self.changed.wait(meta).unwrap_or_else(PoisonError::into_inner)
+        self.changed.wait(meta).unwrap_or_else(poisoned)
+    }
+
+    /// Guards clusters that were just entered into the in-flight list.
+    fn flight(&self, range: Range<u64>) -> InFlight<'_> {
+        InFlight { image: self, range, over: false }
     }
 
     /// True when the tests asked for this bug. Never in a release build.

@@ -91,6 +91,7 @@ impl Qcow2 {
         }
         drop(meta);
         let Some(at) = self.judge(place)? else { return Ok(false) };
+        let flight = self.flight(c..c + 1);
         let mut done = write_all(&file, at, &packed);
         let mut meta = self.lock();
         if done.is_ok() {
@@ -105,9 +106,7 @@ impl Qcow2 {
             let lost = geo.clusters(at, len);
             meta.free(lost.start << geo.cluster_bits, lost.end - lost.start, false);
         }
-        meta.landed(&(c..c + 1));
-        drop(meta);
-        self.changed.notify_all();
+        flight.landed(meta);
         self.judge(done)?;
         Ok(true)
     }

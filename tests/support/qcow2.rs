@@ -38,7 +38,7 @@ impl Rng {
     }
 }
 
-/// The largest disk.
+/// The largest disk, unless [`Disk::most`] says otherwise.
 const MOST: u64 = 1 << 30;
 
 /// What was done to a disk, in order.
@@ -61,13 +61,17 @@ pub struct Disk {
     /// Requests take a random time, so that threads meet everywhere (microseconds at most).
     pub jitter: AtomicU64,
     /// While true, writes that begin with [`HELD`] wait (and say so in `held`) before anything of
-    /// them is on the disk.
+    /// them is on the disk, and those that begin with [`PANIC`] panic.
     pub hold: AtomicBool,
     pub held: AtomicBool,
+    /// How many bytes it can hold; 0: [`MOST`].
+    pub most: AtomicU64,
 }
 
 /// The first byte of a write that [`Disk::hold`] holds up.
 pub const HELD: u8 = 0x77;
+/// The first byte of a write that panics.
+pub const PANIC: u8 = 0x78;
 
 impl Disk {
     pub fn new(bytes: Vec<u8>) -> Arc<Disk> {
@@ -77,6 +81,14 @@ impl Disk {
     /// What it holds now.
     pub fn copy(&self) -> Vec<u8> {
         self.bytes.lock().unwrap().clone()
+    }
+
+    fn fits(&self, len: u64) -> io::Result<()> {
+        let most = match self.most.load(Ordering::Relaxed) {
+            0 => MOST,
+            n => n,
+        };
+        if len > most { Err(io::Error::from_raw_os_error(libc::EFBIG)) } else { Ok(()) }
     }
 
     fn linger(&self) {
@@ -132,13 +144,12 @@ impl Driver for OnDisk {
             self.0.held.store(true, Ordering::SeqCst);
             std::thread::sleep(Duration::from_millis(1));
         }
+        assert!(!self.0.hold.load(Ordering::SeqCst) || data.first() != Some(&PANIC), "as the test wants it");
         self.0.linger();
         self.0.writes.fetch_add(1, Ordering::Relaxed);
         // The lock on the bytes orders the log, too.
         let mut bytes = self.0.bytes.lock().unwrap();
-        if off + data.len() as u64 > MOST {
-            return Err(io::Error::from_raw_os_error(libc::EFBIG));
-        }
+        self.0.fits(off + data.len() as u64)?;
         self.0.note(|| Op::Write(off, data.clone()))?;
         let end = off as usize + data.len();
         if end > bytes.len() {
@@ -164,9 +175,7 @@ impl Driver for OnDisk {
     }
     fn resize(&self, len: u64) -> io::Result<()> {
         let mut bytes = self.0.bytes.lock().unwrap();
-        if len > MOST {
-            return Err(io::Error::from_raw_os_error(libc::EFBIG));
-        }
+        self.0.fits(len)?;
         self.0.note(|| Op::Resize(len))?;
         bytes.resize(len as usize, 0);
         Ok(())
