@@ -43,6 +43,8 @@ pub enum Event {
     },
     /// The user typed the console's quit sequence (`Ctrl-A x`).
     ConsoleQuit,
+    /// The thread of the block job with this serial number has something to say.
+    Job(u64),
     /// Call the control loop: something it watches has changed (no other meaning).
     Wake,
 }

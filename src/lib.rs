@@ -10,6 +10,7 @@
 //! qmp/        wire, client, schema, events; one cmd_*.rs an area
 //! control/    the one owner: Vm, event loop, run state
 //! virtio/     transport, worker loop, devices
+//! jobs/       block jobs
 //! qcow2/      devices/    pci/
 //! block/      net/        chardev/    machine/
 //! qapi/       sys/        error.rs    event.rs
@@ -31,6 +32,7 @@ pub mod control;
 pub mod devices;
 pub mod error;
 pub mod event;
+pub mod jobs;
 pub mod machine;
 pub mod net;
 pub mod pci;

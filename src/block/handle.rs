@@ -225,6 +225,17 @@ impl Handle {
         }
     }
 
+    /// Does something with a ticket in hand, and nothing that waits for another: for work on several
+    /// nodes below this handle that no change of the graph may come between (a job's filter copying a
+    /// piece from one child to another).
+    pub fn inside<T>(&self, f: impl FnOnce(&Arc<Node>) -> io::Result<T>) -> io::Result<T> {
+        let _ticket = self.gate.enter();
+        match self.root.node() {
+            Some(node) => f(&node),
+            None => Err(errno(libc::ENOMEDIUM)),
+        }
+    }
+
     /// Does a request. `counted`: it is the guest's own, and shows in the statistics; tools that
     /// do as the guest would are not counted.
     pub fn submit(&self, request: Request, counted: bool) -> io::Result<()> {

@@ -48,6 +48,8 @@ pub fn run(vm: &mut Vm, signals: &Signals, sources: &mut [&mut dyn Source]) -> i
         }
         sources.iter_mut().for_each(|s| s.dispatch(vm, &set));
         if let Some(status) = vm.exit() {
+            // Their last events are still told.
+            vm.end_jobs();
             sources.iter_mut().for_each(|s| s.finish(vm));
             return Ok(status);
         }

@@ -6,6 +6,7 @@ pub mod drive_options;
 pub mod event_loop;
 pub mod formats;
 pub mod objects;
+mod jobs;
 pub mod qemu_io;
 mod qemu_io_text;
 pub mod secret;

@@ -12,6 +12,7 @@ use crate::block::drive::Drives;
 use crate::block::graph::Graph;
 use crate::error::{Error, Result, strerror};
 use crate::event::{BlockIoError, ErrorAction, Event, Events};
+use crate::jobs::registry::Jobs;
 use crate::machine::cpu::Topology;
 use crate::machine::{Accel, Machine};
 use crate::net::netdev::Netdevs;
@@ -151,6 +152,8 @@ pub struct Vm {
     pub machine: Option<Machine>,
     /// The block graph: nodes, and the handles that use them.
     pub graph: Graph,
+    /// The block jobs.
+    pub jobs: Jobs,
     /// How many drives of each interface there were: `virtio`, `none`.
     pub(super) drive_numbers: (u32, u32),
     /// Files without a name that drives with `snapshot` write to.
@@ -182,6 +185,7 @@ impl Vm {
             machine: None,
             board: None,
             graph: Graph::new(),
+            jobs: Jobs::new(),
             drive_numbers: (0, 0),
             temporary: Vec::new(),
             devices: Devices::default(),
@@ -311,10 +315,17 @@ impl Vm {
         if let Some(board) = &self.board {
             board.stop();
         }
+        self.end_jobs();
         let flushed = self.graph.flush_all();
         self.drives.clear();
         self.graph.close_all();
         flushed
+    }
+
+    /// Cancels all jobs, and waits: what they have done so far is undone, or of no use.
+    pub fn end_jobs(&mut self) {
+        self.jobs.cancel_all(&mut self.graph);
+        self.tell_jobs();
     }
 
     /// The VM cannot go on. It stays for a client to look at, unless there is none who could.
@@ -380,6 +391,10 @@ impl Vm {
                 self.emit("BLOCK_WRITE_THRESHOLD", data);
             }
             Event::BlockIoError(e) => self.block_io_error(e),
+            Event::Job(serial) => {
+                self.jobs.serve(&mut self.graph, serial);
+                self.tell_jobs();
+            }
             Event::VcpuFailed { cpu, why } => self.broken(&format!("CPU {cpu} cannot go on: {why}")),
             Event::DebugExit { status } => self.quit(Cause::GuestShutdown, status),
             Event::ConsoleQuit => self.quit(Cause::HostUi, 0),

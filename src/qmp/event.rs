@@ -5,6 +5,7 @@
 
 use super::schema::{Member, Object, Ty, Value};
 use crate::control::vm::QmpEvent;
+use crate::jobs::table::{Kind, Status};
 use crate::qapi::Wire;
 use crate::wire_enum;
 use serde_json::json;
@@ -141,6 +142,148 @@ events! {
         /// The threshold, in bytes.
         "write-threshold" threshold: u64,
     };
+
+    /// A job has changed its state.
+    "JOB_STATUS_CHANGE" {
+        /// The job.
+        id: String,
+        /// Its state now.
+        status: JobStatus,
+    };
+
+    /// A block job is in sync: it keeps the target so until `block-job-complete` or
+    /// `block-job-cancel`.
+    "BLOCK_JOB_READY" {
+        /// What it does.
+        "type" kind: JobType,
+        /// The job.
+        device: String,
+        /// How much there is to do, in bytes.
+        len: u64,
+        /// How much is done.
+        offset: u64,
+        /// Its limit in bytes per second; 0: none.
+        speed: u64,
+    };
+
+    /// A block job has ended by itself.
+    "BLOCK_JOB_COMPLETED" {
+        /// What it did.
+        "type" kind: JobType,
+        /// The job.
+        device: String,
+        /// How much there was to do, in bytes.
+        len: u64,
+        /// How much is done.
+        offset: u64,
+        /// Its limit in bytes per second; 0: none.
+        speed: u64,
+        /// Why it failed, if it did.
+        error: Option<String>,
+    };
+
+    /// A block job was cancelled.
+    "BLOCK_JOB_CANCELLED" {
+        /// What it did.
+        "type" kind: JobType,
+        /// The job.
+        device: String,
+        /// How much there was to do, in bytes.
+        len: u64,
+        /// How much was done.
+        offset: u64,
+        /// Its limit in bytes per second; 0: none.
+        speed: u64,
+    };
+
+    /// A request of a block job failed.
+    "BLOCK_JOB_ERROR" {
+        /// The job.
+        device: String,
+        /// Reading from the source, or writing to the target.
+        operation: IoOperationType,
+        /// What is done about it; `stop` pauses the job.
+        action: BlockErrorAction,
+    };
+
+    /// A block job is done but for its last step, and waits for `block-job-finalize`.
+    "BLOCK_JOB_PENDING" {
+        /// What it does.
+        "type" kind: JobType,
+        /// The job.
+        id: String,
+    };
+}
+
+wire_enum! {
+    /// What a job does.
+    pub enum JobType {
+        /// Writes images down into one below them.
+        "commit" Commit,
+        /// Pulls the contents of backing files up.
+        "stream" Stream,
+        /// Copies a disk, and what is written to it meanwhile.
+        "mirror" Mirror,
+        /// Copies a disk as it was at the start.
+        "backup" Backup,
+        /// Makes an image.
+        "create" Create,
+    }
+}
+
+impl From<Kind> for JobType {
+    fn from(kind: Kind) -> JobType {
+        match kind {
+            Kind::Commit => JobType::Commit,
+            Kind::Stream => JobType::Stream,
+            Kind::Mirror => JobType::Mirror,
+            Kind::Backup => JobType::Backup,
+            Kind::Create => JobType::Create,
+        }
+    }
+}
+
+wire_enum! {
+    /// Where a job is in its life.
+    pub enum JobStatus {
+        /// It has a name, and does not run yet.
+        "created" Created,
+        /// It works.
+        "running" Running,
+        /// It was told to pause, or an error paused it.
+        "paused" Paused,
+        /// In sync.
+        "ready" Ready,
+        /// Paused while in sync.
+        "standby" Standby,
+        /// Its work is done; others of its transaction still work.
+        "waiting" Waiting,
+        /// Its work is done; its last step is not.
+        "pending" Pending,
+        /// It failed, or was cancelled.
+        "aborting" Aborting,
+        /// It is over, and can be looked at until it is dismissed.
+        "concluded" Concluded,
+        /// It is forgotten.
+        "null" Null,
+    }
+}
+
+impl From<Status> for JobStatus {
+    fn from(status: Status) -> JobStatus {
+        match status {
+            Status::Created => JobStatus::Created,
+            Status::Running => JobStatus::Running,
+            Status::Paused => JobStatus::Paused,
+            Status::Ready => JobStatus::Ready,
+            Status::Standby => JobStatus::Standby,
+            Status::Waiting => JobStatus::Waiting,
+            Status::Pending => JobStatus::Pending,
+            Status::Aborting => JobStatus::Aborting,
+            Status::Concluded => JobStatus::Concluded,
+            Status::Null => JobStatus::Null,
+        }
+    }
 }
 
 wire_enum! {

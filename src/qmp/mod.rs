@@ -13,6 +13,7 @@ mod cmd_blockdev;
 mod cmd_core;
 mod cmd_fd;
 mod cmd_hmp;
+mod cmd_job;
 mod cmd_machine;
 mod cmd_object;
 mod cmd_oob;
@@ -33,4 +34,5 @@ static TABLES: &[&[schema::Command]] = &[
     cmd_snapshot::SNAPSHOT,
     cmd_throttle::THROTTLE,
     cmd_object::OBJECT,
+    cmd_job::JOB,
 ];

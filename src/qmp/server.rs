@@ -130,6 +130,7 @@ impl Server {
     /// Sends the events that have happened, and those whose time has come, to all clients that
     /// have negotiated.
     fn send_events(&mut self, vm: &mut Vm) {
+        vm.tell_jobs();
         if vm.outbox.is_empty() && !self.limiter.waits() {
             return;
         }

@@ -1,0 +1,13 @@
+//! Block jobs: long work on disks that go on being used.
+//!
+//! Each job has a thread of its own with blocking I/O; whatever has a name (the list of jobs, their
+//! states, transactions, changes of the graph) is the control thread's. The two talk through one
+//! small mutex per job, which is never held across I/O.
+//!
+//! Knows no QMP text beyond the errors a user sees, and no guests.
+
+pub mod job;
+pub mod rate;
+pub mod registry;
+pub mod table;
+mod txn;

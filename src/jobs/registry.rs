@@ -1,0 +1,588 @@
+//! All jobs: their names and states, what a user tells them, what their threads have to say.
+//!
+//! A command makes a job with [`Jobs::create`] and sets it going with [`Jobs::start`]; the control
+//! thread calls [`Jobs::serve`] for every [`Event::Job`](crate::event::Event::Job), and sends on what
+//! it finds in [`Jobs::out`].
+//!
+//! Owns: the list. Never: how a job works, QMP. Threads: control only. Locks: a job's own, for moments.
+
+use super::job::{Hold, HoldList, Notice, Progress, Shared, Snapshot, Work};
+use super::table::{Kind, Status, Verb};
+use crate::bail;
+use crate::block::graph::{Graph, Quiesced, well_formed};
+use crate::block::handle::IoStatus;
+use crate::block::node::Node;
+use crate::error::{Class, Error, Result, strerror};
+use crate::event::{ErrorAction, Events};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// The longest time for which a job may have the guest held before it has to try again.
+const HOLD: Duration = Duration::from_secs(2);
+
+/// What a job is made with.
+#[derive(Clone, Debug)]
+pub struct Spec {
+    /// Its name; unique.
+    pub id: String,
+    /// What it does.
+    pub kind: Kind,
+    /// Bytes per second; 0: no limit; less: an error.
+    pub speed: i64,
+    /// Makes its result good without being told to.
+    pub auto_finalize: bool,
+    /// Is forgotten without being told to.
+    pub auto_dismiss: bool,
+    /// The transaction whose jobs succeed or fail together; `None`: one of its own.
+    pub txn: Option<Txn>,
+}
+
+impl Spec {
+    /// A job with the defaults of QMP's commands.
+    pub fn new(id: impl Into<String>, kind: Kind) -> Spec {
+        Spec { id: id.into(), kind, speed: 0, auto_finalize: true, auto_dismiss: true, txn: None }
+    }
+}
+
+/// A transaction of jobs ([`Jobs::new_txn`]).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Txn(pub(super) u64);
+
+/// A job, for as long as it is in the list.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct JobKey(pub(super) u64);
+
+/// What a job has come to, as events tell it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Report {
+    /// What it does.
+    pub kind: Kind,
+    /// Its name.
+    pub id: String,
+    /// Bytes.
+    pub progress: Progress,
+    /// Bytes per second; 0: no limit.
+    pub speed: u64,
+}
+
+/// What users of jobs are told.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum JobEvent {
+    /// A job has changed its state.
+    Status(String, Status),
+    /// A block job is in sync.
+    Ready(Report),
+    /// A block job has ended by itself, well or with this error.
+    Completed(Report, Option<String>),
+    /// A block job was cancelled.
+    Cancelled(Report),
+    /// A block job waits for being finalized.
+    Pending(Kind, String),
+    /// A request of a block job failed.
+    Error {
+        /// The job's name.
+        id: String,
+        /// True for the source.
+        read: bool,
+        /// What is done about it.
+        action: ErrorAction,
+    },
+}
+
+/// A job as queries show it.
+#[derive(Clone, Debug)]
+pub struct JobInfo {
+    /// Its name.
+    pub id: String,
+    /// What it does.
+    pub kind: Kind,
+    /// Its state.
+    pub status: Status,
+    /// A user paused it, or an error did.
+    pub paused: bool,
+    /// It is in sync.
+    pub ready: bool,
+    /// Makes its result good without being told to.
+    pub auto_finalize: bool,
+    /// Is forgotten without being told to.
+    pub auto_dismiss: bool,
+    /// Why it failed.
+    pub error: Option<String>,
+    /// The numbers.
+    pub now: Snapshot,
+    /// `actively-synced`, for mirrors.
+    pub actively_synced: Option<bool>,
+}
+
+pub(super) struct Job {
+    pub serial: u64,
+    pub id: String,
+    pub kind: Kind,
+    pub status: Status,
+    pub user_paused: bool,
+    pub auto_finalize: bool,
+    pub auto_dismiss: bool,
+    /// A cancel was asked for, of whichever kind.
+    pub cancelled: bool,
+    /// A cancel that throws the result away.
+    pub forced: bool,
+    pub started: bool,
+    /// The thread has ended; `work` is back.
+    pub done: bool,
+    pub error: Option<Error>,
+    /// [`Work::completes`], [`Work::cancels_softly`]: the thread has the work.
+    pub completes: bool,
+    pub softly: bool,
+    pub txn: u64,
+    /// Nobody else may do certain things to these.
+    pub nodes: Vec<Arc<Node>>,
+    pub shared: Arc<Shared>,
+    pub work: Option<Box<dyn Work>>,
+    pub synced: Option<Box<dyn Fn() -> bool>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Job {
+    pub(super) fn report(&self) -> Report {
+        let now = self.shared.snapshot();
+        Report { kind: self.kind, id: self.id.clone(), progress: now.progress, speed: now.speed }
+    }
+}
+
+/// See the module's head.
+#[derive(Default)]
+pub struct Jobs {
+    pub(super) list: Vec<Job>,
+    /// What has happened, oldest first; to be taken away.
+    pub out: Vec<JobEvent>,
+    serials: u64,
+}
+
+impl Jobs {
+    /// No jobs.
+    pub fn new() -> Jobs {
+        Jobs::default()
+    }
+
+    /// True without any job.
+    pub fn is_empty(&self) -> bool {
+        self.list.is_empty()
+    }
+
+    pub(super) fn serial(&mut self) -> u64 {
+        self.serials += 1;
+        self.serials
+    }
+
+    /// A new transaction, for [`Spec::txn`].
+    pub fn new_txn(&mut self) -> Txn {
+        Txn(self.serial())
+    }
+
+    pub(super) fn at(&self, serial: u64) -> Option<usize> {
+        self.list.iter().position(|j| j.serial == serial)
+    }
+
+    pub(super) fn get(&mut self, serial: u64) -> Option<&mut Job> {
+        self.list.iter_mut().find(|j| j.serial == serial)
+    }
+
+    /// The job of that name, for `job-*`.
+    pub fn find(&self, id: &str) -> Result<JobKey> {
+        let found = self.list.iter().find(|j| j.id == id);
+        found.map(|j| JobKey(j.serial)).ok_or_else(|| Error::new("Job not found"))
+    }
+
+    /// The block job of that name, for `block-job-*`.
+    pub fn find_block(&self, id: &str) -> Result<JobKey> {
+        let found = self.list.iter().find(|j| j.id == id && j.kind.is_block());
+        let lost = || Error::of(Class::DeviceNotActive, format!("Block job '{id}' not found"));
+        found.map(|j| JobKey(j.serial)).ok_or_else(lost)
+    }
+
+    /// All jobs, newest first.
+    pub fn query(&self) -> Vec<JobInfo> {
+        let info = |j: &Job| JobInfo {
+            id: j.id.clone(),
+            kind: j.kind,
+            status: j.status,
+            paused: j.user_paused,
+            ready: matches!(j.status, Status::Ready | Status::Standby),
+            auto_finalize: j.auto_finalize,
+            auto_dismiss: j.auto_dismiss,
+            error: j.error.as_ref().map(|e| e.desc.clone()),
+            now: j.shared.snapshot(),
+            actively_synced: j.synced.as_ref().map(|f| f()),
+        };
+        self.list.iter().rev().map(info).collect()
+    }
+
+    /// The job that forbids certain things to be done to `node`: what it does.
+    pub fn user_of(&self, node: &Arc<Node>) -> Option<Kind> {
+        let uses = |j: &&Job| j.nodes.iter().any(|n| Arc::ptr_eq(n, node));
+        self.list.iter().find(uses).map(|j| j.kind)
+    }
+
+    /// Fails when a job uses `node`, which messages call `name`.
+    pub fn check_free(&self, node: &Arc<Node>, name: &str) -> Result<()> {
+        match self.user_of(node) {
+            Some(kind) => {
+                let kind = kind.as_str();
+                bail!("Node '{name}' is busy: block device is in use by block job: {kind}")
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Whether a job of that name can be made.
+    pub fn check_id(&self, id: &str) -> Result<()> {
+        if !well_formed(id) {
+            bail!("Invalid job ID '{id}'");
+        }
+        if self.list.iter().any(|j| j.id == id) {
+            bail!("Job ID '{id}' already in use");
+        }
+        Ok(())
+    }
+
+    // ---- birth
+
+    /// Makes a job, in state `created`. `build` makes its work (puts filters in, attaches handles) once
+    /// it is known that the job can have its name; it undoes what it did when it fails. `events` is the
+    /// control thread's inbox. `nodes`: see [`Jobs::user_of`].
+    pub fn create(
+        &mut self,
+        spec: Spec,
+        events: &Events,
+        nodes: &[&Arc<Node>],
+        build: impl FnOnce() -> Result<Box<dyn Work>>,
+    ) -> Result<JobKey> {
+        self.check_id(&spec.id)?;
+        let Ok(speed) = u64::try_from(spec.speed) else {
+            // As in QEMU, where the job exists already when its speed is looked at.
+            self.out.push(JobEvent::Status(spec.id.clone(), Status::Created));
+            self.out.push(JobEvent::Status(spec.id, Status::Null));
+            bail!("Parameter 'speed' expects a non-negative value");
+        };
+        let work = build()?;
+        let serial = self.serial();
+        let txn = match spec.txn {
+            Some(Txn(txn)) => txn,
+            None => self.serial(),
+        };
+        self.out.push(JobEvent::Status(spec.id.clone(), Status::Created));
+        self.list.push(Job {
+            serial,
+            id: spec.id,
+            kind: spec.kind,
+            status: Status::Created,
+            user_paused: false,
+            auto_finalize: spec.auto_finalize,
+            auto_dismiss: spec.auto_dismiss,
+            cancelled: false,
+            forced: false,
+            started: false,
+            done: false,
+            error: None,
+            completes: work.completes(),
+            softly: work.cancels_softly(),
+            txn,
+            nodes: nodes.iter().copied().cloned().collect(),
+            shared: Shared::new(serial, speed, events.clone()),
+            synced: work.actively_synced(),
+            work: Some(work),
+            thread: None,
+        });
+        Ok(JobKey(serial))
+    }
+
+    /// Sets a created job going. When there is no thread to be had, the job fails, as a job does.
+    pub fn start(&mut self, graph: &mut Graph, job: JobKey) {
+        let Some(at) = self.at(job.0) else { return };
+        self.become_status(at, Status::Running);
+        let job = &mut self.list[at];
+        job.started = true;
+        let Some(work) = job.work.take() else { return };
+        let name = format!("job-{}", job.kind.as_str());
+        match job.shared.spawn(&name, work) {
+            Ok(thread) => job.thread = Some(thread),
+            Err((work, e)) => {
+                job.work = Some(work);
+                job.done = true;
+                job.error = Some(Error::new(strerror(&e)));
+                let serial = job.serial;
+                self.completed(graph, serial);
+            }
+        }
+    }
+
+    /// Changes the state of a job, and tells.
+    pub(super) fn become_status(&mut self, at: usize, next: Status) {
+        let job = &mut self.list[at];
+        debug_assert!(job.status.may_become(next), "{}: {:?} to {next:?}", job.id, job.status);
+        job.status = next;
+        self.out.push(JobEvent::Status(job.id.clone(), next));
+    }
+
+    // ---- what a thread has to say
+
+    /// Acts on what the job's thread has said.
+    pub fn serve(&mut self, graph: &mut Graph, serial: u64) {
+        loop {
+            let Some(at) = self.at(serial) else { return };
+            let notice = self.list[at].shared.lock().notices.pop_front();
+            match notice {
+                Some(Notice::Hold) => {
+                    if let Some(held) = self.hold(graph, at) {
+                        // The job has ended; the guest waits until the disk is what it is to be.
+                        self.end(graph, serial);
+                        drop(held);
+                        return;
+                    }
+                }
+                Some(notice) => self.note(at, &notice),
+                None => break,
+            }
+        }
+        self.end(graph, serial);
+    }
+
+    fn note(&mut self, at: usize, notice: &Notice) {
+        let job = &self.list[at];
+        match notice {
+            Notice::Paused => {
+                let next = if job.status == Status::Ready { Status::Standby } else { Status::Paused };
+                self.become_status(at, next);
+            }
+            Notice::Resumed => {
+                let next = if job.status == Status::Standby { Status::Ready } else { Status::Running };
+                self.become_status(at, next);
+            }
+            Notice::Ready => {
+                self.become_status(at, Status::Ready);
+                let job = &self.list[at];
+                if job.kind.is_block() {
+                    self.out.push(JobEvent::Ready(job.report()));
+                }
+            }
+            Notice::Error { read, action } => {
+                let (id, read, action) = (job.id.clone(), *read, *action);
+                if job.kind.is_block() {
+                    self.out.push(JobEvent::Error { id, read, action });
+                }
+                if action == ErrorAction::Stop {
+                    self.list[at].user_paused = true;
+                }
+            }
+            Notice::Hold => {}
+        }
+    }
+
+    /// Holds the guest for the job until it ends, lets it go, or has had its time. Something when the
+    /// job has ended meanwhile and counts on the guest being held still.
+    fn hold(&mut self, graph: &Graph, at: usize) -> Option<Quiesced> {
+        let shared = self.list[at].shared.clone();
+        let HoldList { nodes, but } = {
+            let mut state = shared.lock();
+            let list = std::mem::take(&mut state.hold_list);
+            if state.hold != Hold::Wanted || state.cancel {
+                return None;
+            }
+            list
+        };
+        let quiesced = graph.quiesce(&nodes.iter().collect::<Vec<_>>(), &but.iter().collect::<Vec<_>>());
+        shared.tell(|s| {
+            if s.hold == Hold::Wanted {
+                s.hold = Hold::Held;
+            }
+        });
+        let over = |s: &super::job::State| s.finished.is_some() || s.hold == Hold::None;
+        if !shared.wait_for(Some(HOLD), |s| over(s) || s.hold == Hold::Confirmed) {
+            let mut state = shared.lock();
+            if state.hold == Hold::Held {
+                log::warn!("job '{}' takes long over its last piece; the guest goes on", self.list[at].id);
+                state.hold = Hold::None;
+                return None;
+            }
+        }
+        // It ends at once now, if it has not let the guest go.
+        shared.wait_for(None, over);
+        let state = shared.lock();
+        (state.finished.is_some() && state.hold == Hold::Confirmed).then_some(quiesced)
+    }
+
+    /// Takes the work back from a thread that has ended, and goes on from there.
+    fn end(&mut self, graph: &mut Graph, serial: u64) {
+        if self.take_back(serial) {
+            self.completed(graph, serial);
+        }
+    }
+
+    /// True when the thread has ended by now: its work is back, and its result known.
+    fn take_back(&mut self, serial: u64) -> bool {
+        let Some(at) = self.at(serial) else { return false };
+        let finished = self.list[at].shared.lock().finished.take();
+        let Some((work, result)) = finished else { return false };
+        // What it said before its end comes first.
+        loop {
+            let notice = self.list[at].shared.lock().notices.pop_front();
+            match notice {
+                Some(notice) => self.note(at, &notice),
+                None => break,
+            }
+        }
+        let job = &mut self.list[at];
+        if let Some(thread) = job.thread.take()
+            && thread.join().is_err()
+        {
+            log::error!("the thread of job '{}' failed", job.id);
+        }
+        job.work = Some(work);
+        job.done = true;
+        if let Err(super::job::Stop::Failed(e)) = result {
+            job.error = Some(e);
+        }
+        true
+    }
+
+    /// Waits until the job's thread, which was told to end, has done so.
+    pub(super) fn wait_end(&mut self, serial: u64) {
+        let Some(job) = self.get(serial) else { return };
+        if job.thread.is_some() {
+            job.shared.wait_for(None, |s| s.finished.is_some());
+            self.take_back(serial);
+        }
+    }
+
+    // ---- what a user says
+
+    fn verb(&mut self, job: JobKey, verb: Verb) -> Result<&mut Job> {
+        let job = self.get(job.0).ok_or_else(|| Error::new("Job not found"))?;
+        verb.check(&job.id, job.status)?;
+        Ok(job)
+    }
+
+    /// Pauses it after the request in hand.
+    pub fn pause(&mut self, job: JobKey) -> Result<()> {
+        let job = self.verb(job, Verb::Pause)?;
+        if job.user_paused {
+            bail!("Job is already paused");
+        }
+        job.user_paused = true;
+        job.shared.tell(|s| s.pause = true);
+        Ok(())
+    }
+
+    /// Lets it go on, after a pause or an error.
+    pub fn resume(&mut self, job: JobKey) -> Result<()> {
+        let paused = self.get(job.0).is_some_and(|j| j.user_paused);
+        if !paused {
+            bail!("Can't resume a job that was not paused");
+        }
+        let job = self.verb(job, Verb::Resume)?;
+        job.user_paused = false;
+        job.shared.tell(|s| {
+            s.pause = false;
+            s.io_status = IoStatus::Ok;
+        });
+        Ok(())
+    }
+
+    /// Another limit, in bytes per second; 0: none.
+    pub fn set_speed(&mut self, job: JobKey, speed: i64) -> Result<()> {
+        let job = self.verb(job, Verb::SetSpeed)?;
+        let Ok(speed) = u64::try_from(speed) else {
+            bail!("Parameter 'speed' expects a non-negative value");
+        };
+        job.shared.set_speed(speed);
+        Ok(())
+    }
+
+    /// A ready job: end, with the last step.
+    pub fn complete(&mut self, job: JobKey) -> Result<()> {
+        let job = self.verb(job, Verb::Complete)?;
+        if job.cancelled || !job.completes {
+            bail!("The active block job '{}' cannot be completed", job.id);
+        }
+        job.shared.tell(|s| s.complete = true);
+        Ok(())
+    }
+
+    /// `job-cancel` (always with `force`), and `block-job-cancel` once it is known that the job is not
+    /// paused.
+    pub fn cancel(&mut self, graph: &mut Graph, job: JobKey, force: bool) -> Result<()> {
+        let serial = self.verb(job, Verb::Cancel)?.serial;
+        self.cancel_now(graph, serial, force);
+        Ok(())
+    }
+
+    /// `block-job-cancel`.
+    pub fn cancel_block(&mut self, graph: &mut Graph, job: JobKey, force: bool) -> Result<()> {
+        let of = self.get(job.0).ok_or_else(|| Error::new("Job not found"))?;
+        if of.user_paused && !force {
+            bail!("The block job for device '{}' is currently paused", of.id);
+        }
+        self.cancel(graph, job, force)
+    }
+
+    /// Cancels a job that does not run yet (its command failed after all), or any other, and waits.
+    pub fn cancel_sync(&mut self, graph: &mut Graph, job: JobKey) {
+        self.cancel_now(graph, job.0, true);
+        self.finish(graph, job.0);
+    }
+
+    /// The end of the process: cancels all, and waits.
+    pub fn cancel_all(&mut self, graph: &mut Graph) {
+        let all: Vec<u64> = self.list.iter().map(|j| j.serial).collect();
+        for &serial in &all {
+            if let Some(job) = self.get(serial)
+                && job.status.is_active()
+            {
+                // All at once, rather than one after the other.
+                job.shared.tell(|s| s.cancel = true);
+            }
+        }
+        for serial in all {
+            self.cancel_now(graph, serial, true);
+            self.finish(graph, serial);
+            if self.get(serial).is_some_and(|j| j.status == Status::Concluded) {
+                self.forget(serial);
+            }
+        }
+    }
+
+    /// Waits for a job that was told to end, and concludes it.
+    fn finish(&mut self, graph: &mut Graph, serial: u64) {
+        let active = self.get(serial).is_some_and(|j| !j.done && j.started);
+        if active {
+            self.wait_end(serial);
+            self.completed(graph, serial);
+        }
+    }
+
+    /// A pending job: makes it good, with all of its transaction.
+    pub fn finalize(&mut self, graph: &mut Graph, job: JobKey) -> Result<()> {
+        let serial = self.verb(job, Verb::Finalize)?.serial;
+        self.do_finalize(graph, serial);
+        Ok(())
+    }
+
+    /// Forgets a concluded job.
+    pub fn dismiss(&mut self, job: JobKey) -> Result<()> {
+        let serial = self.verb(job, Verb::Dismiss)?.serial;
+        self.forget(serial);
+        Ok(())
+    }
+
+    pub(super) fn forget(&mut self, serial: u64) {
+        if let Some(at) = self.at(serial) {
+            self.become_status(at, Status::Null);
+            self.list.remove(at);
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "registry_test.rs"]
+mod tests;
