@@ -60,7 +60,10 @@ impl Vm {
     /// The drive on `node`, or the node, as messages name it.
     pub fn disk_name(&self, node: &Arc<Node>) -> String {
         let on = |d: &&crate::block::drive::Drive| {
-            !d.name().is_empty() && d.handle.node().is_some_and(|n| Arc::ptr_eq(&skip_filters(n), &skip_filters(node.clone())))
+            !d.name().is_empty()
+                && d.handle
+                    .node()
+                    .is_some_and(|n| Arc::ptr_eq(&n.skip_implicit(), &node.clone().skip_implicit()))
         };
         self.drives.iter().find(on).map_or_else(|| node.name.clone(), |d| d.name().to_string())
     }

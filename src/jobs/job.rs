@@ -234,10 +234,6 @@ impl Shared {
         Snapshot { progress: s.progress, busy: s.busy, io_status: s.io_status, speed: s.rate.speed() }
     }
 
-    pub(super) fn set_progress(&self, progress: Progress) {
-        self.lock().progress = progress;
-    }
-
     /// Waits on the condition variable, at most until `until`.
     fn wait<'a>(&self, state: MutexGuard<'a, State>, until: Option<Instant>) -> MutexGuard<'a, State> {
         match until {
@@ -422,7 +418,7 @@ impl JobCtx {
             self.pause_point()?;
             let state = self.lock();
             let Some(until) = state.rate.wait_until(Instant::now()) else { return Ok(()) };
-            self.doze(state, until);
+            drop(self.doze(state, until));
         }
     }
 
@@ -547,7 +543,3 @@ pub fn attach(graph: &mut Graph, node: &Arc<Node>, uses: Perm, shares: Perm) -> 
     let spec = HandleSpec { uses, shares, ..HandleSpec::default() };
     graph.attach(Some(node.clone()), spec)
 }
-
-#[cfg(test)]
-#[path = "job_test.rs"]
-mod tests;

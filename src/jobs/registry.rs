@@ -9,7 +9,8 @@
 use super::job::{Hold, HoldList, Notice, Progress, Shared, Snapshot, Work};
 use super::table::{Kind, Status, Verb};
 use crate::bail;
-use crate::block::graph::{Graph, Quiesced, well_formed};
+use crate::block::edit::Quiesced;
+use crate::block::graph::{Graph, well_formed};
 use crate::block::handle::IoStatus;
 use crate::block::node::Node;
 use crate::error::{Class, Error, Result, strerror};

@@ -1,0 +1,537 @@
+//! Jobs that copy nothing: their states, and what is told of them in which order.
+
+use super::super::job::{After, JobCtx, Stop, Work};
+use super::*;
+use crate::block::driver::{Flags, Perm};
+use crate::block::handle::{Handle, HandleSpec, OnError};
+use crate::block::node::NodeOptions;
+use crate::block::testing::Mem;
+use crate::event::Event;
+use crate::sys::inbox::Inbox;
+use crate::sys::iov::Iov;
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Mutex, MutexGuard};
+use std::time::Instant;
+
+/// The control thread's things.
+struct Desk {
+    jobs: Jobs,
+    graph: Graph,
+    events: Events,
+    told: Vec<String>,
+}
+
+impl Desk {
+    fn new() -> Desk {
+        let events = Arc::new(Inbox::new().unwrap());
+        Desk { jobs: Jobs::new(), graph: Graph::new(), events, told: Vec::new() }
+    }
+
+    /// Acts on what is in the inbox, and notes what is told.
+    fn turn(&mut self) {
+        for event in self.events.take() {
+            if let Event::Job(serial) = event {
+                self.jobs.serve(&mut self.graph, serial);
+            }
+        }
+        for event in std::mem::take(&mut self.jobs.out) {
+            self.told.push(match event {
+                JobEvent::Status(id, s) => format!("{id} {}", s.as_str()),
+                JobEvent::Ready(r) => format!("{} READY {}/{}", r.id, r.progress.offset, r.progress.len),
+                JobEvent::Completed(r, e) => format!("{} COMPLETED {}", r.id, e.unwrap_or_default()),
+                JobEvent::Cancelled(r) => format!("{} CANCELLED", r.id),
+                JobEvent::Pending(_, id) => format!("{id} PENDING"),
+                JobEvent::Error { id, read, action } => format!("{id} ERROR {read} {action:?}"),
+            });
+        }
+    }
+
+    /// Turns until `what` was told.
+    fn until(&mut self, what: &str) {
+        let start = Instant::now();
+        loop {
+            self.turn();
+            if self.told.iter().any(|t| t == what) {
+                return;
+            }
+            assert!(start.elapsed() < Duration::from_secs(10), "no '{what}' in {:?}", self.told);
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    fn make(&mut self, spec: Spec, script: Script) -> JobKey {
+        self.jobs.create(spec, &self.events.clone(), &[], || Ok(Box::new(script))).unwrap()
+    }
+
+    fn go(&mut self, spec: Spec, script: Script) -> JobKey {
+        let key = self.make(spec, script);
+        self.jobs.start(&mut self.graph, key);
+        key
+    }
+
+    fn status(&self, id: &str) -> Status {
+        self.jobs.query().into_iter().find(|j| j.id == id).map_or(Status::Null, |j| j.status)
+    }
+}
+
+type Run = Box<dyn FnMut(&JobCtx) -> Result<(), Stop> + Send>;
+
+/// Work that does as it is told, and writes down what happens to it.
+struct Script {
+    run: Run,
+    fails: bool,
+    mirror: bool,
+    log: Log,
+}
+
+type Log = Arc<Mutex<Vec<&'static str>>>;
+
+fn log(l: &Log) -> MutexGuard<'_, Vec<&'static str>> {
+    l.lock().unwrap()
+}
+
+impl Script {
+    fn new(run: impl FnMut(&JobCtx) -> Result<(), Stop> + Send + 'static) -> Script {
+        Script { run: Box::new(run), fails: false, mirror: false, log: Arc::default() }
+    }
+
+    fn mirror(run: impl FnMut(&JobCtx) -> Result<(), Stop> + Send + 'static) -> Script {
+        Script { mirror: true, ..Script::new(run) }
+    }
+}
+
+impl Work for Script {
+    fn run(&mut self, cx: &JobCtx) -> Result<(), Stop> {
+        (self.run)(cx)
+    }
+
+    fn prepare(&mut self, _: &mut Graph) -> Result<()> {
+        log(&self.log).push("prepare");
+        if self.fails { Err(Error::new("cannot")) } else { Ok(()) }
+    }
+
+    fn commit(&mut self, _: &mut Graph) {
+        log(&self.log).push("commit");
+    }
+
+    fn abort(&mut self, _: &mut Graph) {
+        log(&self.log).push("abort");
+    }
+
+    fn clean(&mut self, _: &mut Graph) {
+        log(&self.log).push("clean");
+    }
+
+    fn completes(&self) -> bool {
+        self.mirror
+    }
+
+    fn cancels_softly(&self) -> bool {
+        self.mirror
+    }
+}
+
+fn spec(id: &str) -> Spec {
+    Spec::new(id, Kind::Stream)
+}
+
+/// Sleeps until it is cancelled.
+fn sleeper() -> Script {
+    Script::new(|cx| {
+        loop {
+            cx.sleep(Duration::from_secs(1000))?;
+        }
+    })
+}
+
+#[test]
+fn a_job_that_does_well() {
+    let mut desk = Desk::new();
+    let script = Script::new(|cx| {
+        cx.progress(5, 5);
+        Ok(())
+    });
+    let seen = script.log.clone();
+    desk.go(spec("a"), script);
+    desk.until("a null");
+    let order = ["a created", "a running", "a waiting", "a pending", "a COMPLETED ", "a concluded", "a null"];
+    assert_eq!(desk.told, order);
+    assert_eq!(*log(&seen), ["prepare", "commit", "clean"]);
+    assert!(desk.jobs.is_empty());
+}
+
+#[test]
+fn jobs_that_fail_early_and_late() {
+    let mut desk = Desk::new();
+    desk.go(spec("a"), Script::new(|_| Err(io::Error::from_raw_os_error(libc::ENOSPC).into())));
+    desk.until("a null");
+    let order = [
+        "a created",
+        "a running",
+        "a aborting",
+        "a COMPLETED No space left on device",
+        "a concluded",
+        "a null",
+    ];
+    assert_eq!(desk.told, order);
+
+    desk.told.clear();
+    let late = Script { fails: true, ..Script::new(|_| Ok(())) };
+    let seen = late.log.clone();
+    desk.go(spec("b"), late);
+    desk.until("b null");
+    let order = [
+        "b created",
+        "b running",
+        "b waiting",
+        "b pending",
+        "b aborting",
+        "b COMPLETED cannot",
+        "b concluded",
+        "b null",
+    ];
+    assert_eq!(desk.told, order);
+    assert_eq!(*log(&seen), ["prepare", "abort", "clean"]);
+
+    desk.told.clear();
+    desk.go(spec("c"), Script::new(|_| panic!("a defect")));
+    desk.until("c COMPLETED Internal error: a defect");
+}
+
+#[test]
+fn names_and_speeds() {
+    let mut desk = Desk::new();
+    let mut try_it = |id: &str, speed: i64| {
+        let spec = Spec { speed, ..spec(id) };
+        let made = desk.jobs.create(spec, &desk.events.clone(), &[], || Ok(Box::new(sleeper())));
+        made.map_err(|e| e.desc)
+    };
+    for bad in ["", "1bad", "a/b"] {
+        assert_eq!(try_it(bad, 0).unwrap_err(), format!("Invalid job ID '{bad}'"));
+    }
+    assert_eq!(try_it("a", -1).unwrap_err(), "Parameter 'speed' expects a non-negative value");
+    try_it("Ab9-._", 0).unwrap();
+    assert_eq!(try_it("Ab9-._", 0).unwrap_err(), "Job ID 'Ab9-._' already in use");
+    desk.turn();
+    assert_eq!(desk.told, ["a created", "a null", "Ab9-._ created"]);
+    assert_eq!(desk.jobs.find("x").unwrap_err().desc, "Job not found");
+    let e = desk.jobs.find_block("x").unwrap_err();
+    assert_eq!((e.class, e.desc.as_str()), (Class::DeviceNotActive, "Block job 'x' not found"));
+    // Never started: it ends without a word of its result.
+    let key = desk.jobs.find("Ab9-._").unwrap();
+    desk.jobs.cancel_sync(&mut desk.graph, key);
+    desk.turn();
+    assert_eq!(desk.told[3..], ["Ab9-._ aborting", "Ab9-._ concluded", "Ab9-._ null"]);
+}
+
+#[test]
+fn cancel_pause_and_quit_do_not_wait_for_a_sleep() {
+    let mut desk = Desk::new();
+    let key = desk.go(spec("a"), sleeper());
+    // A limit of a byte a second, and a piece of a MiB.
+    let slow = Script::new(|cx| {
+        loop {
+            cx.advance(1 << 20);
+            cx.throttle(1 << 20)?;
+        }
+    });
+    let slow = desk.go(Spec { speed: 1, ..spec("b") }, slow);
+    let start = Instant::now();
+    desk.jobs.pause(key).unwrap();
+    desk.jobs.pause(slow).unwrap();
+    assert_eq!(desk.jobs.pause(key).unwrap_err().desc, "Job is already paused");
+    desk.until("a paused");
+    desk.until("b paused");
+    let denied = desk.jobs.cancel_block(&mut desk.graph, key, false).unwrap_err();
+    assert_eq!(denied.desc, "The block job for device 'a' is currently paused");
+    let verb = desk.jobs.complete(key).unwrap_err();
+    assert_eq!(verb.desc, "Job 'a' in state 'paused' cannot accept command verb 'complete'");
+    desk.told.clear();
+    desk.jobs.resume(slow).unwrap();
+    desk.until("b running");
+    assert_eq!(desk.jobs.resume(slow).unwrap_err().desc, "Can't resume a job that was not paused");
+    desk.jobs.cancel_block(&mut desk.graph, slow, false).unwrap();
+    desk.until("b null");
+    assert_eq!(desk.told, ["b running", "b aborting", "b CANCELLED", "b concluded", "b null"]);
+    desk.jobs.cancel_all(&mut desk.graph);
+    desk.turn();
+    assert_eq!(desk.told[5..], ["a running", "a aborting", "a CANCELLED", "a concluded", "a null"]);
+    assert!(desk.jobs.is_empty());
+    assert!(start.elapsed() < Duration::from_millis(1000), "took {:?}", start.elapsed());
+}
+
+#[test]
+fn a_paused_job_does_nothing_and_a_new_speed_counts_at_once() {
+    let mut desk = Desk::new();
+    let count = Arc::new(AtomicU64::new(0));
+    let counter = count.clone();
+    let work = Script::new(move |cx| {
+        loop {
+            counter.fetch_add(1, SeqCst);
+            cx.throttle(1 << 16)?;
+        }
+    });
+    let key = desk.go(Spec { speed: 1 << 20, ..spec("a") }, work);
+    std::thread::sleep(Duration::from_millis(300));
+    desk.jobs.pause(key).unwrap();
+    desk.until("a paused");
+    let at = count.load(SeqCst);
+    assert!((3..=8).contains(&at), "{at} pieces of 64 KiB in 0.3 s at 1 MiB/s");
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(count.load(SeqCst), at);
+    desk.jobs.set_speed(key, 1).unwrap();
+    desk.jobs.resume(key).unwrap();
+    std::thread::sleep(Duration::from_millis(50));
+    let at = count.load(SeqCst);
+    desk.jobs.set_speed(key, 0).unwrap();
+    std::thread::sleep(Duration::from_millis(50));
+    assert!(count.load(SeqCst) > at + 100, "it slept on");
+    let bad = desk.jobs.set_speed(key, -1).unwrap_err();
+    assert_eq!(bad.desc, "Parameter 'speed' expects a non-negative value");
+    desk.jobs.cancel_all(&mut desk.graph);
+}
+
+#[test]
+fn finalize_and_dismiss_by_hand() {
+    let mut desk = Desk::new();
+    let by_hand = Spec { auto_finalize: false, auto_dismiss: false, ..spec("a") };
+    let script = Script::new(|_| Ok(()));
+    let seen = script.log.clone();
+    let key = desk.go(by_hand, script);
+    desk.until("a PENDING");
+    assert!(log(&seen).is_empty());
+    let no = desk.jobs.dismiss(key).unwrap_err();
+    assert_eq!(no.desc, "Job 'a' in state 'pending' cannot accept command verb 'dismiss'");
+    desk.jobs.finalize(&mut desk.graph, key).unwrap();
+    desk.turn();
+    assert_eq!(desk.told[2..], ["a waiting", "a pending", "a PENDING", "a COMPLETED ", "a concluded"]);
+    assert_eq!(desk.status("a"), Status::Concluded);
+    desk.jobs.dismiss(key).unwrap();
+    assert!(desk.jobs.is_empty());
+
+    // A pending one can still be cancelled.
+    let by_hand = Spec { auto_finalize: false, ..spec("b") };
+    let key = desk.go(by_hand, Script::new(|_| Ok(())));
+    desk.until("b PENDING");
+    desk.told.clear();
+    desk.jobs.cancel_block(&mut desk.graph, key, false).unwrap();
+    desk.turn();
+    assert_eq!(desk.told, ["b aborting", "b CANCELLED", "b concluded", "b null"]);
+}
+
+/// A mirror in sync: ready, and then as it is told.
+fn ready(ended: Sender<&'static str>) -> Script {
+    Script::mirror(move |cx| {
+        cx.progress(7, 7);
+        cx.ready();
+        loop {
+            if cx.completing() || cx.stopping() {
+                ended.send(if cx.completing() { "complete" } else { "stop" }).unwrap();
+                return Ok(());
+            }
+            cx.sleep(Duration::from_secs(1000))?;
+        }
+    })
+}
+
+#[test]
+fn ready_jobs_complete_or_are_cancelled_softly_or_not() {
+    let mut desk = Desk::new();
+    let (tx, rx): (_, Receiver<&'static str>) = channel();
+    let key = desk.go(spec("a"), ready(tx.clone()));
+    desk.until("a READY 7/7");
+    desk.jobs.pause(key).unwrap();
+    desk.until("a standby");
+    desk.jobs.complete(key).unwrap();
+    desk.jobs.resume(key).unwrap();
+    desk.until("a null");
+    assert_eq!(rx.recv().unwrap(), "complete");
+    let order = [
+        "a created",
+        "a running",
+        "a ready",
+        "a READY 7/7",
+        "a standby",
+        "a ready",
+        "a waiting",
+        "a pending",
+        "a COMPLETED ",
+        "a concluded",
+        "a null",
+    ];
+    assert_eq!(desk.told, order);
+
+    for (id, force, end) in [("b", false, "b COMPLETED "), ("c", true, "c CANCELLED")] {
+        let key = desk.go(spec(id), ready(tx.clone()));
+        desk.until(&format!("{id} ready"));
+        desk.jobs.cancel_block(&mut desk.graph, key, force).unwrap();
+        desk.until(&format!("{id} null"));
+        assert!(desk.told.iter().any(|t| t == end), "{:?}", desk.told);
+    }
+    assert_eq!(rx.recv().unwrap(), "stop");
+}
+
+#[test]
+fn errors_and_their_policies() {
+    let mut desk = Desk::new();
+    let fail = |policy, code| {
+        Script::new(move |cx| {
+            for n in 0.. {
+                if n == 2 {
+                    return Ok(());
+                }
+                let after = cx.on_error(policy, &io::Error::from_raw_os_error(code), n == 0)?;
+                assert_eq!(after, if policy == OnError::Ignore { After::Ignored } else { After::Again });
+            }
+            Ok(())
+        })
+    };
+    desk.go(spec("r"), fail(OnError::Report, libc::EIO));
+    desk.until("r COMPLETED Input/output error");
+    assert!(desk.told.contains(&"r ERROR true Report".to_string()));
+    desk.go(spec("e"), fail(OnError::Enospc, libc::EIO));
+    desk.until("e COMPLETED Input/output error");
+    desk.go(spec("i"), fail(OnError::Ignore, libc::EIO));
+    desk.until("i COMPLETED ");
+    for (id, policy) in [("s", OnError::Stop), ("n", OnError::Enospc), ("u", OnError::Auto)] {
+        desk.told.clear();
+        let key = desk.go(spec(id), fail(policy, libc::ENOSPC));
+        for read in [true, false] {
+            desk.until(&format!("{id} paused"));
+            let job = desk.jobs.query().remove(0);
+            assert!(job.paused && job.now.io_status == IoStatus::NoSpace && !job.now.busy);
+            assert!(desk.told.contains(&format!("{id} ERROR {read} Stop")));
+            desk.told.clear();
+            desk.jobs.resume(key).unwrap();
+            assert_eq!(desk.jobs.query()[0].now.io_status, IoStatus::Ok);
+        }
+        desk.until(&format!("{id} COMPLETED "));
+    }
+}
+
+#[test]
+fn a_transaction_succeeds_or_fails_together() {
+    let mut desk = Desk::new();
+    let txn = Some(desk.jobs.new_txn());
+    let (go, wait) = channel::<()>();
+    let one = desk.make(Spec { txn, ..spec("a") }, Script::new(|_| Ok(())));
+    let two = Script::new(move |_| wait.recv().map_err(|_| Stop::Cancelled));
+    let two = desk.make(Spec { txn, ..spec("b") }, two);
+    desk.jobs.start(&mut desk.graph, one);
+    desk.jobs.start(&mut desk.graph, two);
+    desk.until("a waiting");
+    assert!(!desk.told.contains(&"a pending".to_string()));
+    go.send(()).unwrap();
+    desk.until("b null");
+    assert_eq!(
+        desk.told[4..],
+        [
+            "a waiting",
+            "b waiting",
+            "a pending",
+            "b pending",
+            "a COMPLETED ",
+            "a concluded",
+            "a null",
+            "b COMPLETED ",
+            "b concluded",
+            "b null"
+        ]
+    );
+
+    desk.told.clear();
+    let txn = Some(desk.jobs.new_txn());
+    let scripts = [
+        Script::new(|_| Ok(())),
+        sleeper(),
+        Script::new(|cx| {
+            cx.sleep(Duration::from_millis(50))?;
+            Err(Stop::Failed(Error::new("bad")))
+        }),
+    ];
+    let logs: Vec<_> = scripts.iter().map(|s| s.log.clone()).collect();
+    for (id, script) in ["a", "b", "c"].into_iter().zip(scripts) {
+        desk.go(Spec { txn, ..spec(id) }, script);
+    }
+    desk.until("c null");
+    for end in ["a CANCELLED", "b CANCELLED", "c COMPLETED bad", "a null", "b null"] {
+        assert!(desk.told.iter().any(|t| t == end), "no {end} in {:?}", desk.told);
+    }
+    logs.iter().for_each(|l| assert_eq!(*log(l), ["abort", "clean"]));
+}
+
+/// A disk of nothing, and a guest's handle on it.
+fn disk(graph: &mut Graph) -> (Arc<Node>, Arc<Handle>) {
+    let node = Node::new("disk", Box::new(Mem::new(1 << 20)), NodeOptions::default());
+    graph.add(node.clone()).unwrap();
+    let guest = graph.attach(Some(node.clone()), HandleSpec::default()).unwrap();
+    (node, guest)
+}
+
+#[test]
+fn a_held_guest_waits_until_the_job_has_ended() {
+    let mut desk = Desk::new();
+    let (node, guest) = disk(&mut desk.graph);
+    let ends = Arc::new(AtomicBool::new(false));
+    let writes = Arc::new(AtomicU64::new(0));
+    let (stop, count, user) = (ends.clone(), writes.clone(), guest.clone());
+    let writer = std::thread::spawn(move || {
+        while !stop.load(SeqCst) {
+            user.write(0, &Iov::from_slice(&[0; 512]), Flags::NONE).unwrap();
+            count.fetch_add(1, SeqCst);
+        }
+    });
+    let own = super::super::job::attach(&mut desk.graph, &node, Perm::CONSISTENT_READ, Perm::ALL).unwrap();
+    let (source, mine, count) = (node.clone(), own.clone(), writes.clone());
+    let works = Script::new(move |cx| {
+        // The first time it gives it up.
+        for last in [false, true] {
+            assert!(cx.hold_guest(&[source.clone()], &[mine.clone()])?);
+            // The guest counts after its write.
+            std::thread::sleep(Duration::from_millis(20));
+            let before = count.load(SeqCst);
+            std::thread::sleep(Duration::from_millis(50));
+            mine.inside(|n| n.read(0, &mut crate::sys::iov::IovMut::from_slice(&mut [0; 512])))?;
+            assert_eq!(count.load(SeqCst), before, "the guest was not held");
+            if last {
+                assert!(cx.confirm_hold());
+                std::thread::sleep(Duration::from_millis(50));
+                assert_eq!(count.load(SeqCst), before, "the guest was let go before the end");
+                return Ok(());
+            }
+            cx.release_guest();
+            while count.load(SeqCst) < before + 2 {
+                cx.sleep(Duration::from_millis(1))?;
+            }
+            assert!(!cx.confirm_hold());
+        }
+        Ok(())
+    });
+    let key = desk.go(spec("a"), works);
+    desk.until("a null");
+    assert!(desk.told.contains(&"a COMPLETED ".to_string()), "{:?}", desk.told);
+    assert!(desk.jobs.at(key.0).is_none());
+    let after = writes.load(SeqCst);
+    let start = Instant::now();
+    while writes.load(SeqCst) < after + 10 {
+        assert!(start.elapsed() < Duration::from_secs(10), "the guest is held for ever");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+
+    // A job that sits on the guest loses it, and is told so.
+    let (source, mine) = (node.clone(), own.clone());
+    let works = Script::new(move |cx| {
+        assert!(cx.hold_guest(&[source.clone()], &[mine.clone()])?);
+        std::thread::sleep(HOLD + Duration::from_millis(200));
+        assert!(!cx.confirm_hold());
+        Ok(())
+    });
+    desk.go(spec("b"), works);
+    desk.until("b COMPLETED ");
+    ends.store(true, SeqCst);
+    writer.join().unwrap();
+    desk.graph.detach(&own);
+    desk.graph.detach(&guest);
+}
