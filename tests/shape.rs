@@ -12,6 +12,7 @@ const FLOORS: &[&[&str]] = &[
     &["event"],
     &["block", "net", "chardev", "machine"],
     &["qcow2", "devices", "pci"],
+    &["jobs"],
     &["virtio"],
     &["control"],
     &["qmp"],
