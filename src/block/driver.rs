@@ -7,6 +7,7 @@
 //! `request_alignment`, and on that alignment (a driver that [`grows`](Driver::grows) also sees
 //! writes beyond). A driver reaches its children through `edge.node()` and the methods of `Node`.
 
+use super::debug::Moments;
 use super::node::{Edge, Node};
 use crate::sys::iov::{Iov, IovMut};
 use std::io;
@@ -326,6 +327,19 @@ pub trait Driver: Send + Sync {
 
     /// `driver-specific` of `query-blockstats`.
     fn stats(&self) -> Option<serde_json::Map<String, serde_json::Value>> {
+        None
+    }
+
+    /// Somebody waits until no request is here any more: as long as this was called more often with
+    /// true than with false, no request is held back on purpose (by a limit, a breakpoint), and those
+    /// that are held go on. What comes without a ticket ([`holds_ticket`](super::gate::holds_ticket))
+    /// is the control thread's own and must not be held back at any time. Control thread.
+    fn hurry(&self, on: bool) {
+        let _ = on;
+    }
+
+    /// What the moments of the format above mean to a driver for tests; constant.
+    fn moments(&self) -> Option<&dyn Moments> {
         None
     }
 

@@ -7,6 +7,9 @@
 
 pub mod bitmap;
 mod bitmaps;
+pub mod blkdebug;
+mod blkdebug_rules;
+pub mod debug;
 pub mod drive;
 pub mod driver;
 pub mod edit;
