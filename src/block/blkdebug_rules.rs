@@ -8,9 +8,7 @@
 //! Owns: rules, state, who is held. Never: does I/O, but for the two lines that QEMU prints and
 //! reading the rules' file. Threads: any. Locks: its own; a held request holds none of it.
 
-use super::blkdebug::{
-    BlkdebugIOType, BlkdebugInjectErrorOptions, BlkdebugOptions, BlkdebugSetStateOptions,
-};
+use super::blkdebug::{BlkdebugIOType, BlkdebugInjectErrorOptions, BlkdebugOptions, BlkdebugSetStateOptions};
 use super::debug::{BlkdebugEvent, Locks, Moments};
 use super::gate;
 use super::node::errno;
@@ -83,12 +81,13 @@ fn inject(o: &BlkdebugInjectErrorOptions) -> Result<Action> {
     let Some(error) = i32::try_from(number).ok().filter(|n| *n >= 0) else {
         bail!("Value '{number}' is out of range for parameter 'errno'");
     };
-    let offset = match o.sector.unwrap_or(-1) {
-        -1 => None,
-        sector => Some(u64::try_from(sector).ok().and_then(|s| s.checked_mul(512)).ok_or_else(|| {
-            Error::new(format!("Value '{sector}' is out of range for parameter 'sector'"))
-        })?),
-    };
+    let offset =
+        match o.sector.unwrap_or(-1) {
+            -1 => None,
+            sector => Some(u64::try_from(sector).ok().and_then(|s| s.checked_mul(512)).ok_or_else(|| {
+                Error::new(format!("Value '{sector}' is out of range for parameter 'sector'"))
+            })?),
+        };
     // Errors in what is only asked surprise: those must be asked for.
     let most = || Kind::ALL.iter().filter(|k| **k != Kind::BlockStatus).fold(0, |m, k| m | kind_bit(*k));
     let kinds = o.iotype.map_or_else(most, kind_bit);

@@ -113,7 +113,8 @@ fn once_sector_iotype_and_state_say_which() {
 #[test]
 fn the_first_rule_decides() {
     let (mut graph, _) = graph();
-    let one = BlkdebugInjectErrorOptions { errno: Some(1), once: Some(true), ..error(BlkdebugEvent::WriteAio) };
+    let one =
+        BlkdebugInjectErrorOptions { errno: Some(1), once: Some(true), ..error(BlkdebugEvent::WriteAio) };
     let two = BlkdebugInjectErrorOptions { errno: Some(2), ..error(BlkdebugEvent::WriteAio) };
     let disk = stack(&mut graph, failing(vec![one, two]));
     assert_eq!([write(&disk, 0, 1), write(&disk, 0, 1), write(&disk, 0, 1)], [Some(1), Some(2), Some(2)]);
@@ -140,7 +141,12 @@ fn requests_are_split_and_aligned() {
     disk.zero(4096, 65536, Flags::NONE).unwrap();
     // 16 to 48 KiB and 48 to 64 KiB; the rest was written.
     assert_eq!(state.zeroes.load(Ordering::SeqCst), 2);
-    assert!(state.data.lock().unwrap()[100..69632].iter().enumerate().all(|(i, b)| *b == if i < 3996 { 7 } else { 0 }));
+    assert!(
+        state.data.lock().unwrap()[100..69632]
+            .iter()
+            .enumerate()
+            .all(|(i, b)| *b == if i < 3996 { 7 } else { 0 })
+    );
     disk.discard(4096, 65536).unwrap();
     assert_eq!(state.discards.load(Ordering::SeqCst), 3);
 }
@@ -196,7 +202,8 @@ fn rules_come_from_a_file_too() {
     let text = "# comment\n\n[set-state \"a\"]\nevent = \"read_aio\"\nstate = \"1\"\nnew_state = \"5\"\n\
                 [inject-error]\n  event = \"write_aio\"\n  state = \"5\"\n  errno = \"28\"\n  once = \"on\"\n";
     std::fs::write(dir.path("rules"), text).unwrap();
-    let disk = stack(&mut graph, BlkdebugOptions { config: Some(dir.path("rules")), ..BlkdebugOptions::none() });
+    let disk =
+        stack(&mut graph, BlkdebugOptions { config: Some(dir.path("rules")), ..BlkdebugOptions::none() });
     assert_eq!(write(&disk, 0, 1), None);
     assert_eq!(read(&disk, 0, 1), None);
     assert_eq!([write(&disk, 0, 1), write(&disk, 0, 1)], [Some(28), None]);
@@ -215,7 +222,8 @@ fn permissions_as_asked() {
     let spec = HandleSpec { uses: Perm::RESIZE, shares: Perm::ALL, ..HandleSpec::default() };
     let refused = graph.attach(Some(mem.clone()), spec).err().unwrap().desc;
     assert!(refused.contains("permissions 'resize' are both required by"), "{refused}");
-    let spec = HandleSpec { uses: Perm::CONSISTENT_READ, shares: Perm::CONSISTENT_READ, ..HandleSpec::default() };
+    let spec =
+        HandleSpec { uses: Perm::CONSISTENT_READ, shares: Perm::CONSISTENT_READ, ..HandleSpec::default() };
     let refused = graph.attach(Some(mem), spec).err().unwrap().desc;
     assert!(refused.contains("'write' are both required by node 'dbg'"), "{refused}");
 }

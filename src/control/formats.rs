@@ -217,9 +217,7 @@ pub fn plan(options: BlockdevOptions) -> Result<Plan> {
     };
     let name = options.driver.word();
     let driver: Box<dyn Open> = match options.driver {
-        BlockdevDriver::Blkdebug(o) => {
-            Box::new(BlkdebugPlan { image: child(o.image)?, options: o.base.0 })
-        }
+        BlockdevDriver::Blkdebug(o) => Box::new(BlkdebugPlan { image: child(o.image)?, options: o.base.0 }),
         BlockdevDriver::File(options) | BlockdevDriver::HostDevice(options) => {
             Box::new(FilePlan { name, options })
         }
