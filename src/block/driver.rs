@@ -7,6 +7,7 @@
 //! `request_alignment`, and on that alignment (a driver that [`grows`](Driver::grows) also sees
 //! writes beyond). A driver reaches its children through `edge.node()` and the methods of `Node`.
 
+use super::bitmaps::Bitmaps;
 use super::debug::Moments;
 use super::node::{Edge, Node};
 use crate::sys::iov::{Iov, IovMut};
@@ -193,6 +194,16 @@ fn pass<T>(driver: &(impl Driver + ?Sized), f: impl FnOnce(&Node) -> io::Result<
     }
 }
 
+/// Formats that store bitmaps in the image. They are loaded when it is opened and stored when it is
+/// closed, or turns read-only. Control thread only.
+pub trait StoredBitmaps {
+    /// Whether another bitmap can be stored; says why not.
+    fn can_store(&self, name: &str, granularity: u64) -> io::Result<()>;
+
+    /// Takes the stored form of a bitmap out of the image, if there is one.
+    fn remove_stored(&self, name: &str) -> io::Result<()>;
+}
+
 /// A format, protocol or filter. See the module's head for who calls it and how. A filter says so
 /// with [`Driver::filtered`]; then what it does not do itself is done by the node it filters.
 pub trait Driver: Send + Sync {
@@ -285,6 +296,16 @@ pub trait Driver: Send + Sync {
 
     /// Snapshots inside the image, if the format has them.
     fn internal(&self) -> Option<&dyn Internal> {
+        None
+    }
+
+    /// Bitmaps stored in the image, if the format has them.
+    fn stored_bitmaps(&self) -> Option<&dyn StoredBitmaps> {
+        None
+    }
+
+    /// The list in which the node in front keeps its bitmaps: for formats that store them.
+    fn bitmaps(&self) -> Option<Arc<Bitmaps>> {
         None
     }
 

@@ -6,7 +6,7 @@
 //! bitmap list / stats / inbox`.
 
 pub mod bitmap;
-mod bitmaps;
+pub mod bitmaps;
 pub mod blkdebug;
 mod blkdebug_rules;
 pub mod debug;

@@ -97,7 +97,7 @@ pub struct Node {
     serial: Serial,
     threshold: AtomicU64,
     threshold_hook: Mutex<Option<ThresholdHook>>,
-    pub(super) bitmaps: Bitmaps,
+    pub(super) bitmaps: Arc<Bitmaps>,
 }
 
 impl Node {
@@ -106,6 +106,7 @@ impl Node {
         let limits = driver.limits();
         let storage = driver.edges().is_empty();
         let tested = driver.moments().is_some();
+        let bitmaps = driver.bitmaps().unwrap_or_default();
         Arc::new(Node {
             name: name.into(),
             driver,
@@ -120,7 +121,7 @@ impl Node {
             serial: Serial::default(),
             threshold: AtomicU64::new(0),
             threshold_hook: Mutex::new(None),
-            bitmaps: Bitmaps::default(),
+            bitmaps,
         })
     }
 
