@@ -6,10 +6,9 @@
 //! bitmap list / stats / inbox`.
 
 pub mod bitmap;
-pub mod bitmaps;
-pub mod blkdebug;
-mod blkdebug_rules;
-pub mod debug;
+mod bitmaps;
+pub mod chain;
+pub mod copy_before_write;
 pub mod drive;
 pub mod driver;
 pub mod edit;

@@ -2,8 +2,8 @@
 //!
 //! Owns: offset and size. Never: looks at data. Threads: I/O from any. Locks: none.
 
-use super::debug::BlkdebugEvent;
-use super::driver::{Driver, Extent, Flags, ImageInfo, Limits, Perm};
+use super::chain;
+use super::driver::{Driver, Extent, ExtentKind, Flags, ImageInfo, Limits, Perm};
 use super::node::{Edge, Node, errno};
 use super::open::{Child, Open, Opening};
 use super::perm;
@@ -93,15 +93,11 @@ impl Driver for Raw {
     }
 
     fn read(&self, off: u64, to: &mut IovMut) -> io::Result<()> {
-        let file = self.file.need()?;
-        file.moment(BlkdebugEvent::ReadAio);
-        file.read(off + self.offset, to)
+        self.file.need()?.read(off + self.offset, to)
     }
 
     fn write(&self, off: u64, from: &Iov, flags: Flags) -> io::Result<()> {
-        let file = self.file.need()?;
-        file.moment(BlkdebugEvent::WriteAio);
-        file.write(off + self.offset, from, flags)
+        self.file.need()?.write(off + self.offset, from, flags)
     }
 
     fn zero(&self, off: u64, len: u64, flags: Flags) -> io::Result<()> {
@@ -113,16 +109,15 @@ impl Driver for Raw {
     }
 
     fn flush(&self) -> io::Result<()> {
-        let file = self.file.need()?;
-        file.moment(BlkdebugEvent::FlushToOs);
-        file.moment(BlkdebugEvent::FlushToDisk);
-        file.flush()
+        self.file.need()?.flush()
     }
 
     fn status(&self, off: u64, len: u64) -> io::Result<Extent> {
-        let mut extent = self.file.need()?.status(off + self.offset, len)?;
-        extent.host_offset = Some(off + self.offset);
-        Ok(extent)
+        // Below may be a format with images behind it: "not in this node" would be said of those.
+        let at = off + self.offset;
+        let found = chain::contents(&*self.file.need()?, at, len)?;
+        let kind = if found.zero { ExtentKind::Zero } else { ExtentKind::Data };
+        Ok(Extent { kind, len: found.len, host_offset: Some(at) })
     }
 
     fn resize(&self, len: u64) -> io::Result<()> {

@@ -53,7 +53,6 @@ use super::Qcow2;
 use super::header::INCOMPAT_CORRUPT;
 use super::meta::{Freed, Meta, write_all};
 use super::mutant::Mutant;
-use crate::block::debug::BlkdebugEvent;
 use crate::block::driver::Flags;
 use crate::block::node::Node;
 use crate::sys::iov::Iov;
@@ -181,20 +180,19 @@ impl Qcow2 {
         if let Some(edge) = &self.data_file {
             self.node(edge)?.flush()?;
         }
-        file.moment(BlkdebugEvent::FlushToDisk);
         file.flush()
     }
 
     /// Steps 2 and 3. Answers whether all of it is on stable storage.
     fn write_out(&self, file: &Node, w: &Work, durable: bool) -> io::Result<bool> {
         if !self.has_bug(Mutant::RefcountsLast) {
-            write_pages(file, &w.refs, BlkdebugEvent::RefblockUpdatePart)?;
+            write_pages(file, &w.refs)?;
         }
         if w.l1_moved && !self.has_bug(Mutant::HalfMovedTable) {
-            write_sectors(file, &w.l1, BlkdebugEvent::L1GrowWriteTable)?;
+            write_sectors(file, &w.l1)?;
         }
         if self.has_bug(Mutant::TableBeforeBlock) {
-            write_sectors(file, &w.reftable, BlkdebugEvent::ReftableUpdate)?;
+            write_sectors(file, &w.reftable)?;
         }
         let mut synced = false;
         // A moved table needs the sync for itself, too: what set `barrier` when it got its place may
@@ -205,31 +203,25 @@ impl Qcow2 {
             synced = true;
         }
         if !w.reftable.is_empty() {
-            let event = match w.reftable_moved {
-                true => BlkdebugEvent::RefblockAllocWriteTable,
-                false => BlkdebugEvent::RefblockAllocHookup,
-            };
-            write_sectors(file, &w.reftable, event)?;
+            write_sectors(file, &w.reftable)?;
             self.sync(file)?;
             if w.reftable_moved {
-                file.moment(BlkdebugEvent::RefblockAllocSwitchTable);
                 self.write_header(file, w)?;
                 self.sync(file)?;
             }
             synced = true;
         }
         if w.has_pointers() {
-            write_pages(file, &w.l2, BlkdebugEvent::L2Update)?;
-            match w.l1_moved {
-                true => file.moment(BlkdebugEvent::L1GrowActivateTable),
-                false => write_sectors(file, &w.l1, BlkdebugEvent::L1Update)?,
+            write_pages(file, &w.l2)?;
+            if !w.l1_moved {
+                write_sectors(file, &w.l1)?;
             }
             self.write_header(file, w)?;
             synced = false;
         }
         if self.has_bug(Mutant::RefcountsLast) {
             self.sync(file)?;
-            write_pages(file, &w.refs, BlkdebugEvent::RefblockUpdatePart)?;
+            write_pages(file, &w.refs)?;
         }
         if !synced && (durable || !w.freed.is_empty()) {
             self.sync(file)?;
@@ -246,7 +238,6 @@ impl Qcow2 {
         if meta.corrupt {
             return Err(io::Error::from_raw_os_error(libc::EIO));
         }
-        file.locked();
         write_all(file, 0, sector)?;
         meta.sector.clone_from(sector);
         Ok(())
@@ -301,7 +292,6 @@ impl Qcow2 {
     /// Lowers the refcounts of clusters that nothing can reach through what was freed; punches
     /// those that nothing refers to at all, then lets them be allocated.
     fn release(&self, file: &Node, list: Vec<Freed>) -> io::Result<()> {
-        file.moment(BlkdebugEvent::ClusterFree);
         let mut meta = self.lock();
         let mut last: Vec<Freed> = Vec::new();
         for freed in list {
@@ -368,7 +358,6 @@ impl Qcow2 {
                 let mut sector = meta.sector.clone();
                 sector[79] |= INCOMPAT_CORRUPT as u8;
                 let done = self.file().and_then(|f| {
-                    f.locked();
                     write_all(&f, 0, &sector)?;
                     f.flush()
                 });
@@ -391,7 +380,7 @@ impl Qcow2 {
 const WRITE_MAX: usize = 1 << 20;
 
 /// Writes pages, adjacent ones together.
-fn write_pages(file: &Node, pages: &Pages, event: BlkdebugEvent) -> io::Result<()> {
+fn write_pages(file: &Node, pages: &Pages) -> io::Result<()> {
     let mut rest = pages.as_slice();
     while let [(start, first), ..] = rest {
         let mut iov = Iov::from_slice(first);
@@ -403,16 +392,14 @@ fn write_pages(file: &Node, pages: &Pages, event: BlkdebugEvent) -> io::Result<(
             iov.push(page);
             n += 1;
         }
-        file.moment(event);
         file.write(*start, &iov, Flags::NONE)?;
         rest = &rest[n..];
     }
     Ok(())
 }
 
-fn write_sectors(file: &Node, sectors: &Sectors, event: BlkdebugEvent) -> io::Result<()> {
+fn write_sectors(file: &Node, sectors: &Sectors) -> io::Result<()> {
     for (offset, bytes) in sectors {
-        file.moment(event);
         write_all(file, *offset, bytes)?;
     }
     Ok(())

@@ -7,7 +7,6 @@ use super::Qcow2;
 use super::header;
 use super::meta::{Map, Meta};
 use super::open::Options;
-use crate::block::debug::BlkdebugEvent;
 use crate::block::driver::{Driver, Extent, ExtentKind, Flags, ImageInfo, Internal, Limits, Perm, Snapshot};
 use crate::block::node::Edge;
 use crate::block::perm;
@@ -166,7 +165,6 @@ impl Driver for Qcow2 {
         if self.read_only() {
             return Ok(());
         }
-        self.moment(BlkdebugEvent::FlushToOs);
         self.checkpoint(true)
     }
 
