@@ -316,7 +316,10 @@ impl CopyBeforeWrite {
                 Ok(Some(range)) => copies.done.mark(range.start, range.end - range.start),
                 Err(e) if copies.options.break_snapshot => {
                     let e = e.into_io();
-                    log::error!("node '{}': the copy of what was there before a write failed: {e}", self.name);
+                    log::error!(
+                        "node '{}': the copy of what was there before a write failed: {e}",
+                        self.name
+                    );
                     copies.broken.store(true, Ordering::SeqCst);
                     return Ok(());
                 }
