@@ -17,6 +17,7 @@ use super::node::{DetectZeroes, Edge, Node, NodeOptions};
 use super::perm;
 use crate::bail;
 use crate::error::{Error, Result};
+use crate::event::Events;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -222,6 +223,11 @@ impl Opening<'_> {
     fn age(&mut self) -> u64 {
         let graph = &mut *self.graph;
         *self.age.get_or_insert_with(|| graph.next_age())
+    }
+
+    /// Where the driver can post what the control thread is to know.
+    pub fn events(&self) -> Option<Events> {
+        self.graph.events().cloned()
     }
 
     /// A descriptor of an fd set.
