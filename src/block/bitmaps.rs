@@ -13,7 +13,7 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 /// The bitmaps of one node, oldest first.
 #[derive(Default)]
-pub(super) struct Bitmaps {
+pub struct Bitmaps {
     /// False: there are none, and nobody looks at the list.
     any: AtomicBool,
     list: RwLock<Vec<Arc<Bitmap>>>,
@@ -28,14 +28,50 @@ impl Bitmaps {
         self.list.write().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// All of them, oldest first.
+    pub fn all(&self) -> Vec<Arc<Bitmap>> {
+        self.read().clone()
+    }
+
+    /// The one of that name.
+    pub fn find(&self, name: &str) -> Option<Arc<Bitmap>> {
+        self.read().iter().find(|b| b.name() == Some(name)).cloned()
+    }
+
+    /// Adds one.
+    ///
+    /// # Errors
+    /// QEMU's texts: the name is there already, or too long.
+    pub fn push(&self, bitmap: Arc<Bitmap>) -> Result<()> {
+        let mut list = self.write();
+        if let Some(name) = bitmap.name() {
+            if list.iter().any(|b| b.name() == Some(name)) {
+                bail!("Bitmap already exists: {name}");
+            }
+            if name.len() > MAX_NAME {
+                bail!("Bitmap name too long: {name}");
+            }
+        }
+        list.push(bitmap);
+        self.any.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Takes one away.
+    pub fn remove(&self, bitmap: &Arc<Bitmap>) {
+        let mut list = self.write();
+        list.retain(|b| !Arc::ptr_eq(b, bitmap));
+        self.any.store(!list.is_empty(), Ordering::SeqCst);
+    }
+
     /// True when there is one. SeqCst on both sides: a write that does not see a new bitmap ended
     /// before that bitmap's maker goes on.
-    pub fn any(&self) -> bool {
+    pub(super) fn any(&self) -> bool {
         self.any.load(Ordering::SeqCst)
     }
 
     /// Notes a change. `end`: the length of the node now.
-    pub fn mark(&self, off: u64, len: u64, end: u64) {
+    pub(super) fn mark(&self, off: u64, len: u64, end: u64) {
         for bitmap in self.read().iter() {
             // Some nodes grow with their writes.
             if off + len > bitmap.len() {
@@ -48,7 +84,7 @@ impl Bitmaps {
     }
 
     /// The node has another length.
-    pub fn resize(&self, len: u64) {
+    pub(super) fn resize(&self, len: u64) {
         self.read().iter().for_each(|b| b.resize(len));
     }
 }
@@ -61,7 +97,7 @@ impl Node {
 
     /// The bitmap of that name.
     pub fn find_bitmap(&self, name: &str) -> Option<Arc<Bitmap>> {
-        self.bitmaps.read().iter().find(|b| b.name() == Some(name)).cloned()
+        self.bitmaps.find(name)
     }
 
     /// A new bitmap, clean and recording: it has every change that ends after this call returned.
@@ -77,18 +113,7 @@ impl Node {
 
     /// Adds one that is complete.
     pub fn insert_bitmap(&self, bitmap: Arc<Bitmap>) -> Result<()> {
-        let mut list = self.bitmaps.write();
-        if let Some(name) = bitmap.name() {
-            if list.iter().any(|b| b.name() == Some(name)) {
-                bail!("Bitmap already exists: {name}");
-            }
-            if name.len() > MAX_NAME {
-                bail!("Bitmap name too long: {name}");
-            }
-        }
-        list.push(bitmap.clone());
-        self.bitmaps.any.store(true, Ordering::SeqCst);
-        drop(list);
+        self.bitmaps.push(bitmap.clone())?;
         // The node may have grown between.
         bitmap.grow(self.len());
         Ok(())
@@ -96,9 +121,7 @@ impl Node {
 
     /// Takes a bitmap away; nothing marks it any more when this returns.
     pub fn remove_bitmap(&self, bitmap: &Arc<Bitmap>) {
-        let mut list = self.bitmaps.write();
-        list.retain(|b| !Arc::ptr_eq(b, bitmap));
-        self.bitmaps.any.store(!list.is_empty(), Ordering::SeqCst);
+        self.bitmaps.remove(bitmap);
     }
 
     /// Freezes a bitmap for a job: a new anonymous one notes, from now on, what it would have (so

@@ -7,6 +7,8 @@
 //! `request_alignment`, and on that alignment (a driver that [`grows`](Driver::grows) also sees
 //! writes beyond). A driver reaches its children through `edge.node()` and the methods of `Node`.
 
+use super::bitmaps::Bitmaps;
+use super::debug::Moments;
 use super::node::{Edge, Node};
 use crate::sys::iov::{Iov, IovMut};
 use std::io;
@@ -192,6 +194,16 @@ fn pass<T>(driver: &(impl Driver + ?Sized), f: impl FnOnce(&Node) -> io::Result<
     }
 }
 
+/// Formats that store bitmaps in the image. They are loaded when it is opened and stored when it is
+/// closed, or turns read-only. Control thread only.
+pub trait StoredBitmaps {
+    /// Whether another bitmap can be stored; says why not.
+    fn can_store(&self, name: &str, granularity: u64) -> io::Result<()>;
+
+    /// Takes the stored form of a bitmap out of the image, if there is one.
+    fn remove_stored(&self, name: &str) -> io::Result<()>;
+}
+
 /// A format, protocol or filter. See the module's head for who calls it and how. A filter says so
 /// with [`Driver::filtered`]; then what it does not do itself is done by the node it filters.
 pub trait Driver: Send + Sync {
@@ -287,6 +299,16 @@ pub trait Driver: Send + Sync {
         None
     }
 
+    /// Bitmaps stored in the image, if the format has them.
+    fn stored_bitmaps(&self) -> Option<&dyn StoredBitmaps> {
+        None
+    }
+
+    /// The list in which the node in front keeps its bitmaps: for formats that store them.
+    fn bitmaps(&self) -> Option<Arc<Bitmaps>> {
+        None
+    }
+
     /// The file name to show for this node ("" if none can).
     fn filename(&self) -> String {
         String::new()
@@ -326,6 +348,19 @@ pub trait Driver: Send + Sync {
 
     /// `driver-specific` of `query-blockstats`.
     fn stats(&self) -> Option<serde_json::Map<String, serde_json::Value>> {
+        None
+    }
+
+    /// Somebody waits until no request is here any more: as long as this was called more often with
+    /// true than with false, no request is held back on purpose (by a limit, a breakpoint), and those
+    /// that are held go on. What comes without a ticket ([`holds_ticket`](super::gate::holds_ticket))
+    /// is the control thread's own and must not be held back at any time. Control thread.
+    fn hurry(&self, on: bool) {
+        let _ = on;
+    }
+
+    /// What the moments of the format above mean to a driver for tests; constant.
+    fn moments(&self) -> Option<&dyn Moments> {
         None
     }
 

@@ -51,9 +51,7 @@ impl Graph {
         for handle in &handles {
             handle.gate.close();
         }
-        for handle in &handles {
-            handle.gate.wait_empty();
-        }
+        self.wait_empty(&handles);
         Quiesced { handles }
     }
 

@@ -17,6 +17,12 @@ thread_local! {
     static HELD: Cell<bool> = const { Cell::new(false) };
 }
 
+/// True when the calling thread holds a ticket: what it does is part of a request, whose user waits
+/// for it, and not the control thread's own business.
+pub fn holds_ticket() -> bool {
+    HELD.get()
+}
+
 #[derive(Default)]
 struct State {
     inside: usize,
@@ -41,7 +47,8 @@ impl Gate {
 
     /// Waits until the gate is open, and goes in.
     pub fn enter(&self) -> Ticket<'_> {
-        debug_assert!(!HELD.replace(true), "a thread holds at most one ticket");
+        let held = HELD.replace(true);
+        debug_assert!(!held, "a thread holds at most one ticket");
         let mut state = self.lock();
         while state.closed > 0 {
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);

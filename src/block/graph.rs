@@ -54,12 +54,26 @@ pub enum Parent {
     Handle(Arc<Handle>),
 }
 
-/// Requests that would wait for their limits do not; dropping it ends that.
-pub struct Hurry(Vec<Arc<Member>>);
+/// These nodes and all below them, each once.
+fn below(roots: &[Arc<Node>]) -> Vec<Arc<Node>> {
+    let mut all: Vec<Arc<Node>> = Vec::new();
+    let mut todo = roots.to_vec();
+    while let Some(node) = todo.pop() {
+        if !all.iter().any(|n| Arc::ptr_eq(n, &node)) {
+            todo.extend(node.driver.edges().iter().filter_map(|e| e.node()));
+            all.push(node);
+        }
+    }
+    all
+}
+
+/// Requests that would be held back on purpose are not; dropping it ends that.
+pub struct Hurry(Vec<Arc<Member>>, Vec<Arc<Node>>);
 
 impl Drop for Hurry {
     fn drop(&mut self) {
         self.0.iter().for_each(|m| m.exempt(false));
+        self.1.iter().for_each(|n| n.driver.hurry(false));
     }
 }
 
@@ -271,7 +285,7 @@ impl Graph {
     pub fn close_all(&mut self) {
         for handle in std::mem::take(&mut self.handles) {
             handle.gate.close();
-            handle.gate.wait_empty();
+            self.wait_empty(std::slice::from_ref(&handle));
             handle.root.set(None);
             handle.gate.open();
         }
@@ -313,11 +327,19 @@ impl Graph {
     pub fn detach(&mut self, handle: &Arc<Handle>) {
         handle.throttle(None);
         handle.gate.close();
-        handle.gate.wait_empty();
+        self.wait_empty(std::slice::from_ref(handle));
         handle.root.set(None);
         handle.gate.open();
         self.handles.retain(|h| !Arc::ptr_eq(h, handle));
         self.collect();
+    }
+
+    /// Waits until no request is behind these closed gates. Nothing below holds one back meanwhile.
+    pub(super) fn wait_empty(&self, handles: &[Arc<Handle>]) {
+        let roots: Vec<_> = handles.iter().filter_map(|h| h.root.node()).collect();
+        let hurry = Hurry(Vec::new(), below(&roots));
+        hurry.1.iter().for_each(|n| n.driver.hurry(true));
+        handles.iter().for_each(|h| h.gate.wait_empty());
     }
 
     /// Changes the length of `node`, with the guests above it waiting, and tells them. Fails when
@@ -348,11 +370,14 @@ impl Graph {
         found.map_or_else(|| Group::new(name), |m| m.group().clone())
     }
 
-    /// Before somebody waits for requests to end: nobody waits for limits as long as it lives.
+    /// Before somebody waits for requests to end: none is held back, by a limit or a breakpoint, as
+    /// long as it lives.
     pub fn hurry(&self) -> Hurry {
         let members: Vec<_> = self.handles.iter().filter_map(|h| h.throttled()).collect();
         members.iter().for_each(|m| m.exempt(true));
-        Hurry(members)
+        let nodes: Vec<_> = self.nodes.iter().map(|e| e.node.clone()).collect();
+        nodes.iter().for_each(|n| n.driver.hurry(true));
+        Hurry(members, nodes)
     }
 }
 

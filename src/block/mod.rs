@@ -6,9 +6,12 @@
 //! bitmap list / stats / inbox`.
 
 pub mod bitmap;
-mod bitmaps;
+pub mod bitmaps;
+pub mod blkdebug;
+mod blkdebug_rules;
 pub mod chain;
 pub mod copy_before_write;
+pub mod debug;
 pub mod drive;
 pub mod driver;
 pub mod edit;

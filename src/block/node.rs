@@ -10,6 +10,7 @@
 //! read-modify-write waits for it on a condition variable).
 
 use super::bitmaps::Bitmaps;
+use super::debug::{BlkdebugEvent, Locks};
 pub use super::node_options::{DetectZeroes, NodeOptions};
 
 use super::driver::{Driver, Extent, ExtentKind, Flags, Limits};
@@ -84,6 +85,8 @@ pub struct Node {
     limits: LimitsCell,
     /// True without children: the driver is the storage itself.
     storage: bool,
+    /// The driver wants to know of moments.
+    tested: bool,
     /// End of the highest write, in bytes; 0 before the first.
     highest: AtomicU64,
     /// Counts completed changes; [`Node::flush`] compares it with `flushed`.
@@ -94,7 +97,7 @@ pub struct Node {
     serial: Serial,
     threshold: AtomicU64,
     threshold_hook: Mutex<Option<ThresholdHook>>,
-    pub(super) bitmaps: Bitmaps,
+    pub(super) bitmaps: Arc<Bitmaps>,
 }
 
 impl Node {
@@ -102,10 +105,13 @@ impl Node {
     pub fn new(name: impl Into<String>, driver: Box<dyn Driver>, options: NodeOptions) -> Arc<Node> {
         let limits = driver.limits();
         let storage = driver.edges().is_empty();
+        let tested = driver.moments().is_some();
+        let bitmaps = driver.bitmaps().unwrap_or_default();
         Arc::new(Node {
             name: name.into(),
             driver,
             storage,
+            tested,
             options: OptionsCell::new(options),
             read_only: AtomicBool::new(options.read_only),
             limits: LimitsCell::new(limits),
@@ -115,8 +121,53 @@ impl Node {
             serial: Serial::default(),
             threshold: AtomicU64::new(0),
             threshold_hook: Mutex::new(None),
-            bitmaps: Bitmaps::default(),
+            bitmaps,
         })
+    }
+
+    /// The format above has come to a moment that tests have a name for. The request
+    /// may be held back: call it with no lock held that the control thread takes.
+    #[inline]
+    pub fn moment(&self, event: BlkdebugEvent) {
+        if self.tested {
+            self.tell(Some(event), Locks::Free);
+        }
+    }
+
+    /// As [`Node::moment`], with such a lock held.
+    #[inline]
+    pub fn moment_locked(&self, event: BlkdebugEvent) {
+        if self.tested {
+            self.tell(Some(event), Locks::Held);
+        }
+    }
+
+    /// As [`Node::moment_locked`], for a moment without a name.
+    #[inline]
+    pub fn locked(&self) {
+        if self.tested {
+            self.tell(None, Locks::Held);
+        }
+    }
+
+    /// A moment of this node itself, whatever is above.
+    #[inline]
+    fn own_moment(&self, event: BlkdebugEvent) {
+        if self.tested {
+            self.tell(Some(event), Locks::AsBefore);
+        }
+    }
+
+    /// True when moments matter: for who would have to go a long way to tell of them.
+    pub fn is_tested(&self) -> bool {
+        self.tested
+    }
+
+    #[cold]
+    fn tell(&self, event: Option<BlkdebugEvent>, locks: Locks) {
+        if let Some(moments) = self.driver.moments() {
+            moments.moment(event, locks);
+        }
     }
 
     /// Virtual length in bytes, now.
@@ -268,7 +319,10 @@ impl Node {
         let _turn = (align > 1)
             .then(|| self.serial.enter(off & !(align - 1), (off + n).next_multiple_of(align), !aligned));
         if aligned && self.memory_fits(from) {
-            return self.driver.write(off, from, Flags(flags.0 & Flags::COMPRESSED.0));
+            self.own_moment(BlkdebugEvent::Pwritev);
+            let done = self.driver.write(off, from, Flags(flags.0 & Flags::COMPRESSED.0));
+            self.own_moment(BlkdebugEvent::PwritevDone);
+            return done;
         }
         let mut bounce = self.bounce(off, n);
         let (mut at, end) = (off, off + n);
@@ -278,14 +332,21 @@ impl Node {
             let part = &mut bounce[..(upto - start) as usize];
             let stop = upto.min(end);
             if at > start {
+                self.own_moment(BlkdebugEvent::PwritevRmwHead);
                 self.read_block(start, &mut part[..align as usize])?;
+                self.own_moment(BlkdebugEvent::PwritevRmwAfterHead);
             }
             if stop < upto && (at == start || upto - start > align) {
                 let last = part.len() - align as usize;
+                self.own_moment(BlkdebugEvent::PwritevRmwTail);
                 self.read_block(upto - align, &mut part[last..])?;
+                self.own_moment(BlkdebugEvent::PwritevRmwAfterTail);
             }
             from.copy_to((at - off) as usize, &mut part[(at - start) as usize..(stop - start) as usize]);
-            self.driver.write(start, &Iov::from_slice(part), Flags::NONE)?;
+            self.own_moment(BlkdebugEvent::Pwritev);
+            let done = self.driver.write(start, &Iov::from_slice(part), Flags::NONE);
+            self.own_moment(BlkdebugEvent::PwritevDone);
+            done?;
             at = stop;
         }
         Ok(())
@@ -337,8 +398,10 @@ impl Node {
         }
         let done = {
             let _turn = (align > 1).then(|| self.serial.enter(first, last, false));
+            self.own_moment(BlkdebugEvent::PwritevZero);
             self.driver.zero(first, last - first, pass)
         };
+        self.own_moment(BlkdebugEvent::PwritevDone);
         match done {
             Err(e) if is_enotsup(&e) && !flags.contains(Flags::NO_FALLBACK) => {
                 self.write_zeroes(first, last - first)?;

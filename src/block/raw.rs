@@ -3,6 +3,7 @@
 //! Owns: offset and size. Never: looks at data. Threads: I/O from any. Locks: none.
 
 use super::chain;
+use super::debug::BlkdebugEvent;
 use super::driver::{Driver, Extent, ExtentKind, Flags, ImageInfo, Limits, Perm};
 use super::node::{Edge, Node, errno};
 use super::open::{Child, Open, Opening};
@@ -93,11 +94,15 @@ impl Driver for Raw {
     }
 
     fn read(&self, off: u64, to: &mut IovMut) -> io::Result<()> {
-        self.file.need()?.read(off + self.offset, to)
+        let file = self.file.need()?;
+        file.moment(BlkdebugEvent::ReadAio);
+        file.read(off + self.offset, to)
     }
 
     fn write(&self, off: u64, from: &Iov, flags: Flags) -> io::Result<()> {
-        self.file.need()?.write(off + self.offset, from, flags)
+        let file = self.file.need()?;
+        file.moment(BlkdebugEvent::WriteAio);
+        file.write(off + self.offset, from, flags)
     }
 
     fn zero(&self, off: u64, len: u64, flags: Flags) -> io::Result<()> {
@@ -109,7 +114,10 @@ impl Driver for Raw {
     }
 
     fn flush(&self) -> io::Result<()> {
-        self.file.need()?.flush()
+        let file = self.file.need()?;
+        file.moment(BlkdebugEvent::FlushToOs);
+        file.moment(BlkdebugEvent::FlushToDisk);
+        file.flush()
     }
 
     fn status(&self, off: u64, len: u64) -> io::Result<Extent> {

@@ -32,6 +32,21 @@ pub struct Inside {
     pub snapshot: Snapshot,
 }
 
+/// Something else that happens at the moment of the snapshots, while the guests wait.
+pub trait Moment {
+    /// The nodes whose users wait.
+    fn nodes(&self) -> Vec<Arc<Node>>;
+
+    /// Does it; nothing of it is done on failure.
+    fn happen(&mut self) -> Result<()>;
+
+    /// Something else failed: makes it undone, at the same moment.
+    fn undo(&mut self);
+
+    /// All is well, and the guests go on.
+    fn keep(&mut self);
+}
+
 fn backing_edge(node: &Node) -> Result<Arc<Edge>> {
     let edge = node.driver.edges().into_iter().find(|e| e.role == "backing");
     edge.ok_or_else(|| Error::new("The overlay does not support backing images"))
@@ -51,7 +66,12 @@ pub fn check_overlay(graph: &Graph, over: &Arc<Node>) -> Result<()> {
 impl Graph {
     /// Takes all these snapshots at one moment. What was written before it is in the images below
     /// the overlays, on stable storage, and stays there: they turn read-only.
-    pub fn snapshot(&mut self, overlays: &[Overlay], inside: &[Inside]) -> Result<()> {
+    pub fn snapshot(
+        &mut self,
+        overlays: &[Overlay],
+        inside: &[Inside],
+        moment: &mut dyn Moment,
+    ) -> Result<()> {
         let nodes = overlays.iter().map(|o| &o.node).chain(inside.iter().map(|i| &i.node));
         let at: Vec<_> = nodes.collect();
         let flush = || {
@@ -63,7 +83,9 @@ impl Graph {
             })
         };
         flush()?;
-        let quiesced = self.quiesce(&at, &[]);
+        let others = moment.nodes();
+        let all: Vec<_> = at.iter().copied().chain(&others).collect();
+        let quiesced = self.quiesce(&all, &[]);
         flush()?;
         let mut made = 0;
         let mut done = inside.iter().try_for_each(|one| {
@@ -71,6 +93,11 @@ impl Graph {
             made += 1;
             Ok(())
         });
+        let mut happened = false;
+        if done.is_ok() {
+            done = moment.happen();
+            happened = done.is_ok();
+        }
         if done.is_ok() {
             done = self.edit(&quiesced, |edit| {
                 for o in overlays {
@@ -82,10 +109,14 @@ impl Graph {
             });
         }
         if done.is_err() {
+            if happened {
+                moment.undo();
+            }
             inside[..made].iter().for_each(Inside::undo);
         }
         drop(quiesced);
         done?;
+        moment.keep();
         for o in overlays {
             if o.over.len() != o.node.len() {
                 let above =
@@ -98,6 +129,18 @@ impl Graph {
         }
         Ok(())
     }
+}
+
+/// Nothing else happens.
+impl Moment for () {
+    fn nodes(&self) -> Vec<Arc<Node>> {
+        Vec::new()
+    }
+    fn happen(&mut self) -> Result<()> {
+        Ok(())
+    }
+    fn undo(&mut self) {}
+    fn keep(&mut self) {}
 }
 
 impl Inside {

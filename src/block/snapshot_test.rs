@@ -61,7 +61,7 @@ fn what_was_written_before_is_below_and_read_only() {
     let (base, over) = (image(&mut graph, &dir, "base", SIZE), image(&mut graph, &dir, "over", SIZE));
     let disk = graph.attach(Some(base.clone()), HandleSpec::default()).unwrap();
     put(&disk, 0, 1, 4096);
-    graph.snapshot(&[Overlay { node: base.clone(), over: over.clone() }], &[]).unwrap();
+    graph.snapshot(&[Overlay { node: base.clone(), over: over.clone() }], &[], &mut ()).unwrap();
     assert!(Arc::ptr_eq(&disk.node().unwrap(), &over));
     put(&disk, 0, 2, 512);
     assert_eq!(get(&disk, 0, 1024), [[2; 512], [1; 512]].concat());
@@ -97,7 +97,7 @@ fn a_snapshot_that_fails_changes_nothing() {
     // The second cannot be: it would be its own backing file.
     let list =
         [Overlay { node: a.clone(), over: over.clone() }, Overlay { node: b.clone(), over: b.clone() }];
-    let e = graph.snapshot(&list, &[inside(&a, "one"), inside(&b, "two")]).unwrap_err();
+    let e = graph.snapshot(&list, &[inside(&a, "one"), inside(&b, "two")], &mut ()).unwrap_err();
     assert!(e.desc.contains("its own child"), "{e}");
     assert!(Arc::ptr_eq(&disk.node().unwrap(), &a));
     assert!(graph.parents(&over).is_empty() && backing_edge(&over).unwrap().node().is_none());
@@ -107,7 +107,7 @@ fn a_snapshot_that_fails_changes_nothing() {
     }
     put(&disk, 0, 8, 512);
     // A snapshot that is there already, as the second.
-    graph.snapshot(&[], &[inside(&b, "two")]).unwrap();
+    graph.snapshot(&[], &[inside(&b, "two")], &mut ()).unwrap();
     assert_eq!(b.driver.internal().unwrap().snapshots().unwrap().len(), 1);
 }
 
@@ -128,7 +128,7 @@ fn several_disks_at_once_and_a_longer_overlay() {
         let told = told.clone();
         disk.on_resize(Some(Box::new(move |len| told.lock().unwrap().push(len))));
     }
-    graph.snapshot(&list, &[]).unwrap();
+    graph.snapshot(&list, &[], &mut ()).unwrap();
     assert_eq!(*told.lock().unwrap(), [SIZE + 65536, SIZE + 2 * 65536]);
     assert!(disks.iter().zip(&list).all(|(d, o)| Arc::ptr_eq(&d.node().unwrap(), &o.over)));
 }
@@ -184,10 +184,10 @@ fn guests_verify_every_byte_while_snapshots_are_taken() {
     for n in 0..12 {
         std::thread::sleep(std::time::Duration::from_millis(rng.below(40)));
         if rng.below(3) == 0 {
-            graph.snapshot(&[], &[inside(&top, &format!("i{n}"))]).unwrap();
+            graph.snapshot(&[], &[inside(&top, &format!("i{n}"))], &mut ()).unwrap();
         } else {
             let over = image(&mut graph, &dir, &format!("o{n}"), SIZE);
-            graph.snapshot(&[Overlay { node: top, over: over.clone() }], &[]).unwrap();
+            graph.snapshot(&[Overlay { node: top, over: over.clone() }], &[], &mut ()).unwrap();
             top = over;
             layers.push(top.clone());
         }

@@ -4,6 +4,7 @@
 //! connections. Threads: control. Locks: none.
 
 use super::objects::Objects;
+use crate::block::blkdebug::{BlkdebugOptions, BlkdebugPlan};
 use crate::block::file_open::{BlockdevOptionsFile, FilePlan};
 use crate::block::node::DetectZeroes;
 use crate::block::null::{BlockdevOptionsNull, NullPlan};
@@ -56,6 +57,8 @@ wire_union! {
     pub struct BlockdevOptions {}
     /// Its driver.
     "driver" => pub enum BlockdevDriver as driver {
+        /// Injects errors: for tests.
+        "blkdebug" Blkdebug(Box<BlockdevOptionsBlkdebug>),
         /// A regular file.
         "file" File(BlockdevOptionsFile),
         /// A block device of the host.
@@ -125,6 +128,16 @@ wire_struct! {
         file: BlockdevRef,
         /// The backing file; absent: what the image names; null: none.
         backing: Option<BlockdevRefOrNull>,
+    }
+}
+
+wire_struct! {
+    /// Options of the driver `blkdebug`.
+    pub struct BlockdevOptionsBlkdebug {
+        /// What has the bytes.
+        image: BlockdevRef,
+        /// The rules.
+        base: Flat<BlkdebugOptions>,
     }
 }
 
@@ -204,6 +217,7 @@ pub fn plan(options: BlockdevOptions) -> Result<Plan> {
     };
     let name = options.driver.word();
     let driver: Box<dyn Open> = match options.driver {
+        BlockdevDriver::Blkdebug(o) => Box::new(BlkdebugPlan { image: child(o.image)?, options: o.base.0 }),
         BlockdevDriver::File(options) | BlockdevDriver::HostDevice(options) => {
             Box::new(FilePlan { name, options })
         }

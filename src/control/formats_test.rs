@@ -12,6 +12,7 @@ fn every_driver_that_can_be_named_can_be_opened() {
         let options = match *word {
             "file" | "host_device" => json!({"driver": word, "filename": path}),
             "null-co" | "null-aio" => json!({"driver": word}),
+            "blkdebug" => json!({"driver": word, "image": "x"}),
             _ => json!({"driver": word, "file": {"driver": "file", "filename": path}}),
         };
         let options = BlockdevOptions::take(options, &qapi::Path::Root).unwrap();

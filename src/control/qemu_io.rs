@@ -2,7 +2,8 @@
 //!
 //! Commands, options and texts are those of QEMU 10's qemu-io; the text goes to standard output.
 //! `read`, `write`, `discard` and `flush` are not counted in the disk's statistics, `aio_read`,
-//! `aio_write` and `aio_flush` are: so it is in QEMU.
+//! `aio_write` and `aio_flush` are: so it is in QEMU. `break` and what belongs to it speak to the
+//! `blkdebug` node that is nearest below the disk.
 //!
 //! A request can wait for long (a throttled disk), and standard output can be full. So each command
 //! runs on a thread of its own, and the control thread waits for it only for [`PATIENCE`].
@@ -11,8 +12,10 @@
 //! that it starts. Locks: the count's, a leaf.
 
 use super::qemu_io_text::{Args, Stop, cvtstr, dump, pattern, report, size};
+use crate::block::debug::Moments;
 use crate::block::driver::Flags;
 use crate::block::handle::{Handle, Request};
+use crate::block::node::Node;
 use crate::block::stats::Kind;
 use crate::error::strerror;
 use crate::sys::iov::{Iov, IovMut};
@@ -133,6 +136,7 @@ fn command(handle: &Handle, words: &[String], under_way: &UnderWay, out: &mut St
             std::thread::sleep(Duration::from_millis(ms));
             Ok(())
         }),
+        "break" | "remove_break" | "resume" | "wait_break" => breakpoint(handle, &mut args),
         other => Err(Stop::Says(format!("command \"{other}\" not found"))),
     };
     match done {
@@ -151,6 +155,36 @@ fn command(handle: &Handle, words: &[String], under_way: &UnderWay, out: &mut St
             let _ = writeln!(out, "{what} failed: {}", strerror(&e));
         }
     }
+}
+
+/// The node whose breakpoints a user of `node` means: it or the first that its data come from.
+fn tested(node: Arc<Node>) -> Option<Arc<Node>> {
+    let data = |n: &Arc<Node>| {
+        let file = || n.driver.edges().into_iter().find(|e| e.role == "file");
+        n.driver.filtered().or_else(file)?.node()
+    };
+    std::iter::successors(Some(node), data).find(|n| n.is_tested())
+}
+
+fn breakpoint(handle: &Handle, args: &mut Args) -> Result<(), Stop> {
+    let name = args.name();
+    let count = if name == "break" { 2 } else { 1 };
+    let given = args.exactly(count)?;
+    // The node is used with no ticket in hand: who waits here holds up nobody.
+    let node = handle.node().and_then(tested);
+    let (first, tag) = (&given[0], &given[count - 1]);
+    let ask = |f: &dyn Fn(&dyn Moments) -> io::Result<()>| match node.as_deref().map(|n| n.driver.moments()) {
+        Some(Some(moments)) => f(moments),
+        _ => Err(io::Error::from_raw_os_error(libc::ENOTSUP)),
+    };
+    let (done, failed) = match name {
+        "break" => (ask(&|m| m.set_break(first, tag)), "Could not set breakpoint".to_string()),
+        "remove_break" => (ask(&|m| m.remove_break(tag)), format!("Could not remove breakpoint {tag}")),
+        "resume" => (ask(&|m| m.resume(tag)), "Could not resume request".to_string()),
+        // Without a blkdebug QEMU waits for ever.
+        _ => (ask(&|m| Ok(m.wait_break(tag))), "Could not wait for a breakpoint".to_string()),
+    };
+    done.map_err(|e| Stop::Says(format!("{failed}: {}", strerror(&e))))
 }
 
 /// A buffer of `len` bytes, all `fill`.

@@ -136,3 +136,31 @@ fn requests_go_on_behind_the_callers_back_and_a_flush_waits_for_them() {
     let full = io.run(&d, "length", true);
     assert_eq!(full, "Error: 64 qemu-io commands are under way already\r\n");
 }
+
+#[test]
+fn times_above_a_second_have_another_form() {
+    let said = |ms| {
+        let mut out = String::new();
+        super::super::qemu_io_text::report(&mut out, "wrote", 0, 4096, Duration::from_millis(ms));
+        out.lines().nth(1).unwrap().to_string()
+    };
+    assert_eq!(said(36), "4 KiB, 1 ops; 00.03 sec (111.111 KiB/sec and 27.7778 ops/sec)");
+    // Recorded from the real tool on a null-co with this latency.
+    assert!(said(1236).starts_with("4 KiB, 1 ops; 0:00:01.23 ("), "{}", said(1236));
+    assert!(said(61236).starts_with("4 KiB, 1 ops; 0:01:01.23 ("), "{}", said(61236));
+}
+
+#[test]
+fn breakpoints_need_a_blkdebug() {
+    let d = disk(4096);
+    for (line, want) in [
+        ("break", "bad argument count 0 to break, expected 2 arguments"),
+        ("wait_break", "bad argument count 0 to wait_break, expected 1 arguments"),
+        ("break write_aio A B", "bad argument count 3 to break, expected 2 arguments"),
+        ("break write_aio A", "Could not set breakpoint: Operation not supported"),
+        ("remove_break A", "Could not remove breakpoint A: Operation not supported"),
+        ("resume A", "Could not resume request: Operation not supported"),
+    ] {
+        assert_eq!(text(&d, line).trim_end(), want, "{line}");
+    }
+}

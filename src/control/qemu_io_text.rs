@@ -56,6 +56,16 @@ impl<'a> Args<'a> {
         self.0.first().map_or("", String::as_str)
     }
 
+    /// The words of a command that has no options, and exactly `count` arguments.
+    pub fn exactly(&self, count: usize) -> Result<&'a [String], Stop> {
+        let given = self.0.get(1..).unwrap_or_default();
+        if given.len() == count {
+            return Ok(given);
+        }
+        let (name, has) = (self.name(), given.len());
+        Err(Stop::Says(format!("bad argument count {has} to {name}, expected {count} arguments")))
+    }
+
     /// Takes the words apart as getopt(3) does. `known`: the options' letters, a colon after those
     /// with a value; `plain`: how many other words there may be.
     pub fn take(&mut self, known: &str, plain: RangeInclusive<usize>) -> Result<Given, Stop> {
@@ -161,9 +171,8 @@ pub(super) fn report(out: &mut String, op: &str, off: u64, len: u64, time: Durat
     let seconds = time.as_secs_f64().max(1e-9);
     let (whole, hundredths) = (time.as_secs(), time.subsec_millis() / 10);
     let clock = match (whole / 3600, whole / 60 % 60, whole % 60) {
-        (0, 0, s) => format!("{s:02}.{hundredths:02} sec"),
-        (0, m, s) => format!("{m:02}:{s:02}.{hundredths:02}"),
-        (h, m, s) => format!("{h:02}:{m:02}:{s:02}.{hundredths:02}"),
+        (0, 0, 0) => format!("00.{hundredths:02} sec"),
+        (h, m, s) => format!("{h}:{m:02}:{s:02}.{hundredths:02}"),
     };
     let (bytes, rate) = (cvtstr(len as f64), cvtstr(len as f64 / seconds));
     let _ = writeln!(out, "{op} {len}/{len} bytes at offset {off}");

@@ -13,6 +13,7 @@ use super::corrupt::corrupt;
 use super::header::MAX_REFTABLE_BYTES;
 use super::meta::{Meta, read_page, write_zeroes};
 use super::types::{REFTABLE_MASK, refcount_get, refcount_set};
+use crate::block::debug::BlkdebugEvent;
 use crate::block::node::Node;
 use std::io;
 use std::ops::Range;
@@ -54,6 +55,7 @@ impl Meta {
 
     fn load_refs(&mut self, file: &Node, offset: u64) -> io::Result<()> {
         if !self.refs.has(offset) {
+            file.moment_locked(BlkdebugEvent::RefblockLoad);
             let page = read_page(file, offset, self.geo.page_size())?;
             self.refs.insert(offset, page);
         }
@@ -96,6 +98,7 @@ impl Meta {
     /// # Errors
     /// ENOSPC, EFBIG, I/O errors, corruption.
     pub fn alloc_run(&mut self, file: &Node, want: u64) -> io::Result<(u64, u64, bool)> {
+        file.moment_locked(BlkdebugEvent::ClusterAlloc);
         if let Some((first, count)) = self.search(file, want, SEARCH_PAGES)? {
             return Ok((first, count, false));
         }
@@ -193,6 +196,12 @@ impl Meta {
         };
         let total = blocks.len() as u64 + table + want;
         let end = start + total;
+        if !blocks.is_empty() {
+            file.moment_locked(BlkdebugEvent::RefblockAlloc);
+        }
+        if table > 0 {
+            file.moment_locked(BlkdebugEvent::ReftableGrow);
+        }
         if end > 1 << (56 - self.geo.cluster_bits) {
             return Err(io::Error::from_raw_os_error(libc::EFBIG));
         }
@@ -201,6 +210,7 @@ impl Meta {
         let size = self.geo.cluster_size();
         if !fresh && !blocks.is_empty() {
             let len = blocks.len() as u64 * size;
+            file.moment_locked(BlkdebugEvent::RefblockAllocWrite);
             write_zeroes(file, start << self.geo.cluster_bits, len)?;
         }
         // From here on only set_refcount can fail, by a read error of an existing block: what is

@@ -52,6 +52,7 @@
 use super::Qcow2;
 use super::meta::{Freed, Meta, write_all};
 use super::mutant::Mutant;
+use crate::block::debug::BlkdebugEvent;
 use crate::block::driver::Flags;
 use crate::block::node::Node;
 use crate::sys::iov::Iov;
@@ -179,19 +180,20 @@ impl Qcow2 {
         if let Some(edge) = &self.data_file {
             self.node(edge)?.flush()?;
         }
+        file.moment(BlkdebugEvent::FlushToDisk);
         file.flush()
     }
 
     /// Steps 2 and 3. Answers whether all of it is on stable storage.
     fn write_out(&self, file: &Node, w: &Work, durable: bool) -> io::Result<bool> {
         if !self.has_bug(Mutant::RefcountsLast) {
-            write_pages(file, &w.refs)?;
+            write_pages(file, &w.refs, BlkdebugEvent::RefblockUpdatePart)?;
         }
         if w.l1_moved && !self.has_bug(Mutant::HalfMovedTable) {
-            write_sectors(file, &w.l1)?;
+            write_sectors(file, &w.l1, BlkdebugEvent::L1GrowWriteTable)?;
         }
         if self.has_bug(Mutant::TableBeforeBlock) {
-            write_sectors(file, &w.reftable)?;
+            write_sectors(file, &w.reftable, BlkdebugEvent::ReftableUpdate)?;
         }
         let mut synced = false;
         // A moved table needs the sync for itself, too: what set `barrier` when it got its place may
@@ -202,25 +204,31 @@ impl Qcow2 {
             synced = true;
         }
         if !w.reftable.is_empty() {
-            write_sectors(file, &w.reftable)?;
+            let event = match w.reftable_moved {
+                true => BlkdebugEvent::RefblockAllocWriteTable,
+                false => BlkdebugEvent::RefblockAllocHookup,
+            };
+            write_sectors(file, &w.reftable, event)?;
             self.sync(file)?;
             if w.reftable_moved {
+                file.moment(BlkdebugEvent::RefblockAllocSwitchTable);
                 self.write_header(file, w)?;
                 self.sync(file)?;
             }
             synced = true;
         }
         if w.has_pointers() {
-            write_pages(file, &w.l2)?;
-            if !w.l1_moved {
-                write_sectors(file, &w.l1)?;
+            write_pages(file, &w.l2, BlkdebugEvent::L2Update)?;
+            match w.l1_moved {
+                true => file.moment(BlkdebugEvent::L1GrowActivateTable),
+                false => write_sectors(file, &w.l1, BlkdebugEvent::L1Update)?,
             }
             self.write_header(file, w)?;
             synced = false;
         }
         if self.has_bug(Mutant::RefcountsLast) {
             self.sync(file)?;
-            write_pages(file, &w.refs)?;
+            write_pages(file, &w.refs, BlkdebugEvent::RefblockUpdatePart)?;
         }
         if !synced && (durable || !w.freed.is_empty()) {
             self.sync(file)?;
@@ -237,6 +245,7 @@ impl Qcow2 {
         if meta.corrupt {
             return Err(io::Error::from_raw_os_error(libc::EIO));
         }
+        file.locked();
         write_all(file, 0, sector)?;
         meta.sector.clone_from(sector);
         Ok(())
@@ -291,6 +300,7 @@ impl Qcow2 {
     /// Lowers the refcounts of clusters that nothing can reach through what was freed; punches
     /// those that nothing refers to at all, then lets them be allocated.
     fn release(&self, file: &Node, list: Vec<Freed>) -> io::Result<()> {
+        file.moment(BlkdebugEvent::ClusterFree);
         let mut meta = self.lock();
         let mut last: Vec<Freed> = Vec::new();
         for freed in list {
@@ -347,7 +357,7 @@ impl Qcow2 {
 const WRITE_MAX: usize = 1 << 20;
 
 /// Writes pages, adjacent ones together.
-fn write_pages(file: &Node, pages: &Pages) -> io::Result<()> {
+fn write_pages(file: &Node, pages: &Pages, event: BlkdebugEvent) -> io::Result<()> {
     let mut rest = pages.as_slice();
     while let [(start, first), ..] = rest {
         let mut iov = Iov::from_slice(first);
@@ -359,14 +369,16 @@ fn write_pages(file: &Node, pages: &Pages) -> io::Result<()> {
             iov.push(page);
             n += 1;
         }
+        file.moment(event);
         file.write(*start, &iov, Flags::NONE)?;
         rest = &rest[n..];
     }
     Ok(())
 }
 
-fn write_sectors(file: &Node, sectors: &Sectors) -> io::Result<()> {
+fn write_sectors(file: &Node, sectors: &Sectors, event: BlkdebugEvent) -> io::Result<()> {
     for (offset, bytes) in sectors {
+        file.moment(event);
         write_all(file, *offset, bytes)?;
     }
     Ok(())

@@ -125,6 +125,7 @@ impl Qcow2 {
                 let mut sector = meta.sector.clone();
                 sector[79] |= INCOMPAT_CORRUPT as u8;
                 let done = self.file().and_then(|f| {
+                    f.locked();
                     write_all(&f, 0, &sector)?;
                     f.flush()
                 });

@@ -7,6 +7,7 @@ use super::Qcow2;
 use super::header;
 use super::meta::{Map, Meta};
 use super::open::Options;
+use crate::block::debug::BlkdebugEvent;
 use crate::block::driver::{Driver, Extent, ExtentKind, Flags, ImageInfo, Internal, Limits, Perm, Snapshot};
 use crate::block::node::Edge;
 use crate::block::perm;
@@ -165,6 +166,7 @@ impl Driver for Qcow2 {
         if self.read_only() {
             return Ok(());
         }
+        self.moment(BlkdebugEvent::FlushToOs);
         self.checkpoint(true)
     }
 

@@ -14,6 +14,7 @@ use super::corrupt::corrupt;
 use super::meta::{Map, Meta, ZEROES, read_padded};
 use super::mutant::Mutant;
 use super::types::Entry;
+use crate::block::debug::BlkdebugEvent;
 use crate::block::driver::Flags;
 use crate::block::node::Node;
 use crate::sys::iov::{Iov, IovMut};
@@ -180,10 +181,15 @@ impl Qcow2 {
         drop(meta);
         let n = len as usize;
         match map {
-            Map::Data(host) => read_clipped(&*self.data()?, host, at, n, to)?,
+            Map::Data(host) => {
+                let data = self.data()?;
+                data.moment(BlkdebugEvent::ReadAio);
+                read_clipped(&data, host, at, n, to)?;
+            }
             Map::Zero => to.fill(at, n, 0),
             Map::Unallocated => {
                 drop(using);
+                self.moment(BlkdebugEvent::ReadBackingAio);
                 match self.backing.node() {
                     Some(backing) => read_clipped(&backing, off, at, n, to)?,
                     None => to.fill(at, n, 0),
@@ -208,7 +214,9 @@ impl Qcow2 {
             return Ok(data.clone());
         }
         let mut data = vec![0; bytes as usize];
-        read_padded(&*self.file()?, from, &mut data)?;
+        let file = self.file()?;
+        file.moment(BlkdebugEvent::ReadCompressed);
+        read_padded(&file, from, &mut data)?;
         let mut cluster = vec![0; self.geo.cluster_size() as usize];
         let method = self.lock().header.compression;
         decompress(method, &data, &mut cluster)?;
@@ -243,6 +251,7 @@ impl Qcow2 {
                     let using = self.using(&meta);
                     drop(meta);
                     let data = self.data()?;
+                    data.moment(BlkdebugEvent::WriteAio);
                     match n == from.len() as u64 {
                         true => data.write(host, from, Flags::NONE)?,
                         false => {
@@ -310,6 +319,7 @@ impl Qcow2 {
         }
         let tail = self.around(plan, plan.data.end..end)?;
         let n = (plan.data.end - plan.data.start) as usize;
+        node.moment(BlkdebugEvent::WriteAio);
         if head.is_nothing() && tail.is_nothing() && n == from.len() {
             return node.write(host(plan.data.start), from, Flags::NONE);
         }
@@ -317,6 +327,7 @@ impl Qcow2 {
         let start = plan.data.start - head.push(&mut iov) as u64;
         iov.append(&from.slice(at, n));
         tail.push(&mut iov);
+        node.moment(BlkdebugEvent::CowWrite);
         node.write(host(start), &iov, Flags::NONE)
     }
 
@@ -336,6 +347,7 @@ impl Qcow2 {
         }
         let mut buf = vec![0; len];
         let mut iov = IovMut::from_slice(&mut buf[..inside as usize]);
+        self.moment(BlkdebugEvent::CowRead);
         let mut pos = 0;
         while pos < inside {
             pos += self.read_run(self.lock(), range.start + pos, pos as usize, &mut iov)?;

@@ -15,6 +15,7 @@ use super::corrupt::{Broken, corrupt};
 use super::header::Header;
 use super::mutant::Mutant;
 use super::types::{COPIED, Entry, Geometry, OFFSET_MASK, be64};
+use crate::block::debug::BlkdebugEvent;
 use crate::block::node::Node;
 use crate::sys::iov::IovMut;
 use std::collections::{BTreeSet, HashSet};
@@ -324,6 +325,7 @@ impl Meta {
     /// Sees to it that the L2 page at `offset` is in memory.
     pub fn load_l2(&mut self, file: &Node, offset: u64) -> io::Result<()> {
         if !self.l2.has(offset) {
+            file.moment_locked(BlkdebugEvent::L2Load);
             let page = read_page(file, offset, self.geo.page_size())?;
             self.l2.insert(offset, page);
         }
@@ -348,12 +350,14 @@ impl Meta {
                 Ok(())
             }
             Some((old, false)) => {
+                file.moment_locked(BlkdebugEvent::L2AllocCowRead);
                 let mut copy = Vec::with_capacity(size as usize);
                 for offset in (old..old + size).step_by(self.geo.page_size() as usize) {
                     self.load_l2(file, offset)?;
                     copy.extend_from_slice(self.l2.get(offset).unwrap_or(&[]));
                 }
                 let table = self.alloc_table(file)?;
+                file.moment_locked(BlkdebugEvent::L2AllocWrite);
                 write_all(file, table, &copy).inspect_err(|_| self.free(table, 1, false))?;
                 self.l1.set(index, table | COPIED);
                 self.free(old, 1, false);
@@ -366,6 +370,7 @@ impl Meta {
     fn alloc_table(&mut self, file: &Node) -> io::Result<u64> {
         let (first, _, fresh) = self.alloc_run(file, 1)?;
         let offset = first << self.geo.cluster_bits;
+        file.moment_locked(BlkdebugEvent::L2AllocWrite);
         if !fresh
             && !self.has_bug(Mutant::DirtyTable)
             && let Err(e) = write_zeroes(file, offset, self.geo.cluster_size())

@@ -53,6 +53,7 @@ mod resize;
 mod snapshot;
 mod types;
 
+use crate::block::debug::BlkdebugEvent;
 use crate::block::node::{Edge, Node};
 use meta::{Meta, Miss};
 use mutant::Mutant;
@@ -190,6 +191,15 @@ impl Qcow2 {
         self.node(&self.file)
     }
 
+    /// Tells a driver for tests that is below of a moment. With no lock held.
+    fn moment(&self, event: BlkdebugEvent) {
+        if self.file.peek(Node::is_tested) == Some(true)
+            && let Some(file) = self.file.node()
+        {
+            file.moment(event);
+        }
+    }
+
     /// Where guest data are: the external data file, or the image file.
     fn data(&self) -> std::io::Result<Arc<Node>> {
         self.node(self.data_file.as_ref().unwrap_or(&self.file))
@@ -230,7 +240,9 @@ impl Qcow2 {
             Miss::Page(offset) => {
                 let (generation, size) = (meta.generation, meta.geo.page_size());
                 drop(meta);
-                let page = meta::read_page(&*self.file()?, offset, size)?;
+                let file = self.file()?;
+                file.moment(BlkdebugEvent::L2Load);
+                let page = meta::read_page(&file, offset, size)?;
                 let mut meta = self.lock();
                 if meta.generation == generation && !meta.l2.has(offset) {
                     meta.l2.insert(offset, page);

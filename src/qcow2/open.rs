@@ -12,6 +12,7 @@ use super::corrupt::OnCorrupt;
 use super::header::{self, Crypt, Header};
 use super::meta::{Meta, Table, read_padded};
 use super::types::{OFFSET_MASK, REFTABLE_MASK, be32, be64};
+use crate::block::debug::BlkdebugEvent;
 use crate::block::node::{Edge, Node};
 use std::collections::HashSet;
 use std::io;
@@ -112,6 +113,7 @@ pub fn open(
     let geo = header.geometry();
     let file_len = node.len();
     let l1 = read_table(&node, "Active L1 table", header.l1_offset, u64::from(header.l1_size))?;
+    node.moment(BlkdebugEvent::ReftableLoad);
     let reftable = read_table(
         &node,
         "Reference count table",

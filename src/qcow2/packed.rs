@@ -8,6 +8,7 @@
 use super::Qcow2;
 use super::compress::compress;
 use super::meta::{Meta, write_all};
+use crate::block::debug::BlkdebugEvent;
 use crate::block::node::Node;
 use crate::sys::iov::Iov;
 use std::io;
@@ -16,6 +17,7 @@ impl Meta {
     /// `len` bytes of file, less than a cluster, for compressed data: their clusters have one
     /// reference more each.
     fn alloc_bytes(&mut self, file: &Node, len: u64) -> io::Result<u64> {
+        file.moment_locked(BlkdebugEvent::ClusterAllocBytes);
         let (geo, at) = (self.geo, self.packing);
         let room = if at == 0 { 0 } else { geo.round_up(at) - at };
         if room >= len && self.add_reference(file, geo.cluster(at)).is_ok() {
@@ -92,10 +94,12 @@ impl Qcow2 {
         drop(meta);
         let Some(at) = self.judge(place)? else { return Ok(false) };
         let flight = self.flight(c..c + 1);
+        file.moment(BlkdebugEvent::WriteCompressed);
         let mut done = write_all(&file, at, &packed);
         let mut meta = self.lock();
         if done.is_ok() {
             done = meta.entry(&file, c).and_then(|old| {
+                file.moment_locked(BlkdebugEvent::L2UpdateCompressed);
                 meta.set_words(&file, c, (geo.encode_compressed(at, len), 0))?;
                 meta.free_entry(&old, false);
                 meta.barrier = true;

@@ -13,6 +13,7 @@ use super::erase::Erase;
 use super::header::MAX_L1_BYTES;
 use super::meta::Meta;
 use super::mutant::Mutant;
+use crate::block::debug::BlkdebugEvent;
 use crate::block::driver::Flags;
 use crate::block::node::Node;
 use std::io;
@@ -99,6 +100,7 @@ impl Qcow2 {
         let first = self.geo.round_up(len);
         let end = self.geo.round_up(old);
         if first < end {
+            self.moment(BlkdebugEvent::L1ShrinkFreeL2Clusters);
             let cut = self.erase(first, end - first, Erase::Cut);
             if let Err(e) = cut.and_then(|()| self.checkpoint(true)) {
                 log::warn!("qcow2: clusters behind the new end of the disk are not freed: {e}");
@@ -119,6 +121,7 @@ impl Meta {
             return Ok(());
         }
         let clusters = self.geo.round_up(need * 8) >> self.geo.cluster_bits;
+        file.moment_locked(BlkdebugEvent::L1GrowAllocTable);
         let (first, _) = self.alloc_tail(file, clusters)?;
         let old = self.geo.round_up(u64::from(self.header.l1_size) * 8) >> self.geo.cluster_bits;
         if old > 0 {

@@ -19,7 +19,9 @@ commands! {
     /// node, or with `-d` a device) would do it, whose text goes to standard output. CMD: `read`,
     /// `aio_read` `[-q] [-v] [-P BYTE] OFFSET LENGTH`, `write`, `aio_write` `[-q] [-f] [-z [-u] [-n]]
     /// [-P BYTE] OFFSET LENGTH`, `discard [-q] OFFSET LENGTH`, `flush`, `aio_flush`, `length`, `sleep
-    /// MILLISECONDS`.
+    /// MILLISECONDS`; with the driver `blkdebug` below `break EVENT TAG`, `remove_break TAG`, `wait_break
+    /// TAG`, `resume TAG`: they hold a request where EVENT happens. Commands that wait for requests to
+    /// end let it go on.
     "human-monitor-command" => human_monitor_command {
         /// The command.
         "command-line" line: String,

@@ -79,3 +79,40 @@ fn who_shares_no_writes_is_respected() {
     q.vm.graph.detach(&disk);
     assert_eq!(say(&mut q, "qemu-io r \"write -q 0 512\""), "");
 }
+
+/// A drive `d0` whose file is a blkdebug node.
+fn with_blkdebug(dir: &Scratch) -> Qmp {
+    let path = dir.file("d.raw", 1 << 20);
+    let mut q = Qmp::new();
+    let image = json!({"driver": "file", "filename": path});
+    let file = json!({"driver": "blkdebug", "node-name": "dbg", "image": image});
+    let args = json!({"id": "d0", "if": "none", "format": "raw", "file": file});
+    q.vm.add_drive(args.as_object().unwrap().clone()).unwrap();
+    q
+}
+
+#[test]
+fn a_request_waits_at_its_breakpoint_for_resume() {
+    let dir = Scratch::new("hmp-break");
+    let mut q = with_blkdebug(&dir);
+    let byte = |dir: &Scratch| std::fs::read(dir.path("d.raw")).unwrap()[0];
+    for line in ["break write_aio A", "aio_write -q -P 7 0 512", "wait_break A"] {
+        assert_eq!(say(&mut q, &format!("qemu-io d0 \"{line}\"")), "", "{line}");
+    }
+    assert_eq!(byte(&dir), 0);
+    for line in ["resume A", "aio_flush"] {
+        assert_eq!(say(&mut q, &format!("qemu-io d0 \"{line}\"")), "", "{line}");
+    }
+    assert_eq!(byte(&dir), 7);
+}
+
+#[test]
+fn the_end_does_not_wait_for_a_breakpoint() {
+    let dir = Scratch::new("hmp-break-end");
+    let mut q = with_blkdebug(&dir);
+    for line in ["break write_aio A", "aio_write -q -P 7 0 512", "wait_break A"] {
+        assert_eq!(say(&mut q, &format!("qemu-io d0 \"{line}\"")), "", "{line}");
+    }
+    q.vm.shut_down().unwrap();
+    assert_eq!(std::fs::read(dir.path("d.raw")).unwrap()[0], 7);
+}

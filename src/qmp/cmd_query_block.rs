@@ -5,6 +5,7 @@
 
 use super::query_block_types::*;
 use super::schema::Cx;
+use crate::block::bitmap::Bitmap;
 use crate::block::drive::Drive;
 use crate::block::driver;
 use crate::block::handle::{Handle, IoStatus};
@@ -196,6 +197,20 @@ fn device_info(node: &Node, handle: Option<&Handle>, flat: bool) -> BlockDeviceI
         },
         // Its type is `int`: thresholds that no disk reaches are shown as negative numbers.
         write_threshold: node.write_threshold().cast_signed(),
+        dirty_bitmaps: Some(node.bitmaps().iter().map(|b| dirty_info(b)).collect::<Vec<_>>())
+            .filter(|list| !list.is_empty()),
+    }
+}
+
+fn dirty_info(bitmap: &Bitmap) -> BlockDirtyInfo {
+    BlockDirtyInfo {
+        name: bitmap.name().map(str::to_string),
+        count: bitmap.count().cast_signed(),
+        granularity: u32::try_from(bitmap.granularity()).unwrap_or(u32::MAX),
+        recording: bitmap.recording(),
+        busy: bitmap.busy(),
+        persistent: bitmap.persistent(),
+        inconsistent: bitmap.inconsistent().then_some(true),
     }
 }
 

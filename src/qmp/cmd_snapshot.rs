@@ -3,6 +3,7 @@
 //! Owns: the commands' form, and QEMU's texts. Never: the moment of a snapshot (`block/snapshot.rs`).
 //! Threads: control. Locks: none.
 
+use super::cmd_bitmap::Steps;
 use super::cmd_blockdev::{find_node, find_root};
 use super::cmd_query_block::file_name;
 use super::schema::Cx;
@@ -14,9 +15,9 @@ use crate::block::snapshot::{Inside, Overlay, check_overlay};
 use crate::control::drive_options::named;
 use crate::control::formats::{self, BlockdevOptions, Formats};
 use crate::error::{Error, Result, strerror};
-use crate::qapi::{Empty, Path, Wire};
+use crate::qapi::{Path, Wire};
 use crate::qcow2::create::{CreateOptions, create};
-use crate::{bail, commands, wire_enum, wire_struct, wire_union};
+use crate::{bail, commands, wire_enum, wire_struct};
 use serde_json::{Value, json};
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
@@ -45,12 +46,6 @@ commands! {
         /// The snapshot's name.
         name: Option<String>,
     } -> SnapshotInfo;
-
-    /// Does all of this at one moment, or nothing of it. Files that were made for it stay.
-    "transaction" => transaction {
-        /// What to do, in order.
-        actions: Vec<TransactionAction>,
-    } -> ();
 }
 
 wire_enum! {
@@ -103,54 +98,6 @@ wire_struct! {
 }
 
 wire_struct! {
-    /// `data` of `abort`.
-    pub struct AbortWrapper {
-        /// Nothing.
-        data: Empty,
-    }
-}
-
-wire_struct! {
-    /// `data` of `blockdev-snapshot`.
-    pub struct BlockdevSnapshotWrapper {
-        /// The command's arguments.
-        data: BlockdevSnapshot,
-    }
-}
-
-wire_struct! {
-    /// `data` of `blockdev-snapshot-internal-sync`.
-    pub struct BlockdevSnapshotInternalWrapper {
-        /// The command's arguments.
-        data: BlockdevSnapshotInternal,
-    }
-}
-
-wire_struct! {
-    /// `data` of `blockdev-snapshot-sync`.
-    pub struct BlockdevSnapshotSyncWrapper {
-        /// The command's arguments.
-        data: BlockdevSnapshotSync,
-    }
-}
-
-wire_union! {
-    /// A part of a transaction.
-    pub struct TransactionAction {}
-    /// Which.
-    "type" => pub enum TransactionActionKind as kind {
-        /// Fails: for tests.
-        "abort" Abort(AbortWrapper),
-        /// An open image on top of a disk.
-        "blockdev-snapshot" Snapshot(BlockdevSnapshotWrapper),
-        /// A snapshot inside an image.
-        "blockdev-snapshot-internal-sync" Internal(BlockdevSnapshotInternalWrapper),
-        /// A new image on top of a disk.
-        "blockdev-snapshot-sync" Sync(BlockdevSnapshotSyncWrapper),
-    }
-}
-
-wire_struct! {
     /// A snapshot inside an image.
     pub struct SnapshotInfo {
         /// Unique in the image.
@@ -175,10 +122,12 @@ wire_struct! {
 /// What is to happen at one moment. The nodes that were opened for it are the user's until then, so
 /// that nobody closes them.
 #[derive(Default)]
-struct Plan {
+pub(super) struct Plan {
     overlays: Vec<Overlay>,
     inside: Vec<Inside>,
     opened: Vec<Arc<Node>>,
+    /// What is done with bitmaps.
+    pub bitmaps: Steps,
 }
 
 impl Plan {
@@ -188,7 +137,7 @@ impl Plan {
     }
 
     /// What a drive's node will be.
-    fn top(&self, mut node: Arc<Node>) -> Arc<Node> {
+    pub fn top(&self, mut node: Arc<Node>) -> Arc<Node> {
         while let Some(over) = self.over(&node) {
             node = over.clone();
         }
@@ -209,9 +158,12 @@ impl Plan {
 }
 
 /// Plans with `prepare`, and does it.
-fn run(cx: &mut Cx, prepare: impl FnOnce(&mut Cx, &mut Plan) -> Result<()>) -> Result<()> {
+pub(super) fn run(cx: &mut Cx, prepare: impl FnOnce(&mut Cx, &mut Plan) -> Result<()>) -> Result<()> {
     let mut plan = Plan::default();
-    let done = prepare(cx, &mut plan).and_then(|()| cx.vm.graph.snapshot(&plan.overlays, &plan.inside));
+    let done = prepare(cx, &mut plan).and_then(|()| {
+        let Plan { overlays, inside, bitmaps, .. } = &mut plan;
+        cx.vm.graph.snapshot(overlays, inside, bitmaps)
+    });
     plan.opened.iter().for_each(|n| cx.vm.graph.disown(n));
     drop(plan);
     cx.vm.graph.collect();
@@ -230,25 +182,15 @@ fn blockdev_snapshot_internal_sync(cx: &mut Cx, args: BlockdevSnapshotInternal) 
     run(cx, |cx, plan| plan_internal(cx, plan, args))
 }
 
-fn transaction(cx: &mut Cx, actions: Vec<TransactionAction>) -> Result<()> {
-    run(cx, |cx, plan| {
-        actions.into_iter().try_for_each(|action| match action.kind {
-            TransactionActionKind::Abort(_) => bail!("Transaction aborted using Abort action"),
-            TransactionActionKind::Snapshot(w) => plan_overlay(cx, plan, w.data),
-            TransactionActionKind::Internal(w) => plan_internal(cx, plan, w.data),
-            TransactionActionKind::Sync(w) => plan_sync(cx, plan, w.data),
-        })
-    })
-}
-
 /// The node that is meant. A drive has the overlay that it will have.
-fn planned(cx: &Cx, plan: &Plan, device: Option<&str>, node: Option<&str>) -> Result<Arc<Node>> {
+pub(super) fn planned(cx: &Cx, plan: &Plan, device: Option<&str>, node: Option<&str>) -> Result<Arc<Node>> {
     let found = find_node(cx, device, node)?;
     let by_drive = device.is_some_and(|d| cx.vm.drives.find(d).is_some());
     Ok(if by_drive { plan.top(found) } else { found })
 }
 
-fn plan_overlay(cx: &mut Cx, plan: &mut Plan, args: BlockdevSnapshot) -> Result<()> {
+/// As a part of a transaction.
+pub(super) fn plan_overlay(cx: &mut Cx, plan: &mut Plan, args: BlockdevSnapshot) -> Result<()> {
     let node = planned(cx, plan, Some(&args.node), Some(&args.node))?;
     plan.check_free(&cx.vm.graph, &node)?;
     let over = find_node(cx, Some(&args.overlay), Some(&args.overlay))?;
@@ -260,7 +202,8 @@ fn plan_overlay(cx: &mut Cx, plan: &mut Plan, args: BlockdevSnapshot) -> Result<
     Ok(())
 }
 
-fn plan_sync(cx: &mut Cx, plan: &mut Plan, args: BlockdevSnapshotSync) -> Result<()> {
+/// As a part of a transaction.
+pub(super) fn plan_sync(cx: &mut Cx, plan: &mut Plan, args: BlockdevSnapshotSync) -> Result<()> {
     let node = planned(cx, plan, args.device.as_deref(), args.node_name.as_deref())?;
     plan.check_free(&cx.vm.graph, &node)?;
     if args.node_name.is_some() && args.name.is_none() {
@@ -344,7 +287,8 @@ fn make(cx: &mut Cx, node: &Arc<Node>, mut file: Value) -> Result<()> {
     made.map_err(|e| says(&e))
 }
 
-fn plan_internal(cx: &mut Cx, plan: &mut Plan, args: BlockdevSnapshotInternal) -> Result<()> {
+/// As a part of a transaction.
+pub(super) fn plan_internal(cx: &mut Cx, plan: &mut Plan, args: BlockdevSnapshotInternal) -> Result<()> {
     let BlockdevSnapshotInternal { device, name } = args;
     let node = find_root(cx, &device)?;
     plan.check_free(&cx.vm.graph, &node)?;

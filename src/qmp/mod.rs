@@ -9,6 +9,7 @@ pub mod schema;
 pub mod server;
 pub mod wire;
 
+mod cmd_bitmap;
 mod cmd_blockdev;
 mod cmd_core;
 mod cmd_fd;
@@ -20,6 +21,7 @@ mod cmd_oob;
 mod cmd_query_block;
 mod cmd_snapshot;
 mod cmd_throttle;
+mod cmd_transaction;
 mod query_block_types;
 
 /// Every command, one table a file.
@@ -32,6 +34,8 @@ static TABLES: &[&[schema::Command]] = &[
     cmd_oob::OOB,
     cmd_hmp::HMP,
     cmd_snapshot::SNAPSHOT,
+    cmd_bitmap::BITMAP,
+    cmd_transaction::TRANSACTION,
     cmd_throttle::THROTTLE,
     cmd_object::OBJECT,
     cmd_job::JOB,

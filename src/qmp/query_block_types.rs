@@ -45,6 +45,28 @@ wire_struct! {
     }
 }
 
+wire_enum! {
+    /// How a stored bitmap is.
+    pub enum Qcow2BitmapInfoFlags {
+        /// It is in use, or the image was not closed properly.
+        "in-use" InUse,
+        /// It notes what is written.
+        "auto" Auto,
+    }
+}
+
+wire_struct! {
+    /// A stored bitmap.
+    pub struct Qcow2BitmapInfo {
+        /// Its name.
+        name: String,
+        /// Bytes that one bit stands for.
+        granularity: u32,
+        /// How it is.
+        flags: Vec<Qcow2BitmapInfoFlags>,
+    }
+}
+
 wire_struct! {
     /// Of a qcow2 image.
     pub struct ImageInfoSpecificQCow2 {
@@ -62,6 +84,8 @@ wire_struct! {
         corrupt: Option<bool>,
         /// Width of a reference count.
         "refcount-bits" refcount_bits: i64,
+        /// The bitmaps that are stored in it.
+        bitmaps: Option<Vec<Qcow2BitmapInfo>>,
         /// How clusters are compressed.
         "compression-type" compression_type: String,
     }
@@ -184,6 +208,28 @@ wire_struct! {
         cache: BlockdevCacheInfo,
         /// Writes beyond this byte make an event; 0: none do.
         write_threshold: i64,
+        /// Its bitmaps, newest first; absent without one.
+        "dirty-bitmaps" dirty_bitmaps: Option<Vec<BlockDirtyInfo>>,
+    }
+}
+
+wire_struct! {
+    /// A dirty bitmap.
+    pub struct BlockDirtyInfo {
+        /// Its name; jobs' own have none.
+        name: Option<String>,
+        /// Bytes that are dirty: a multiple of the granularity.
+        count: i64,
+        /// Bytes that one bit stands for.
+        granularity: u32,
+        /// It notes what is written.
+        recording: bool,
+        /// A job or an export uses it.
+        busy: bool,
+        /// It is stored in the image when that is closed.
+        persistent: bool,
+        /// The image was not closed properly: the bitmap can only be removed.
+        inconsistent: Option<bool>,
     }
 }
 
