@@ -10,6 +10,7 @@
 use super::bitmaps::Bitmaps;
 use super::debug::Moments;
 use super::node::{Edge, Node};
+use super::throttle::Member;
 use crate::sys::iov::{Iov, IovMut};
 use std::io;
 use std::ops::{BitAnd, BitOr, Not};
@@ -238,6 +239,16 @@ pub trait Driver: Send + Sync {
     /// did not ask for ([`NodeOptions::implicit`](super::node::NodeOptions)).
     fn filtered(&self) -> Option<Arc<Edge>> {
         None
+    }
+
+    /// Its place in a group of limits, if its requests wait for them.
+    fn throttled(&self) -> Option<Arc<Member>> {
+        None
+    }
+
+    /// True when writes with [`Flags::COMPRESSED`] are stored compressed.
+    fn compresses(&self) -> bool {
+        self.filtered().and_then(|e| e.peek(|n| n.driver.compresses())).unwrap_or(false)
     }
 
     /// What this driver does with child `edge`, and what it lets others do with it, when its own

@@ -15,7 +15,6 @@ use super::perm::{self, Hold};
 use super::throttle::{Group, Member};
 use crate::bail;
 use crate::error::{Error, Result};
-use crate::event::Events;
 use std::sync::Arc;
 
 /// The longest node name, in bytes (QEMU's node_name[32]).
@@ -42,8 +41,6 @@ pub struct Graph {
     /// How many automatic names were given.
     named: u64,
     ages: u64,
-    /// Where drivers post what the control thread is to know.
-    events: Option<Events>,
 }
 
 /// Who is directly above a node.
@@ -87,16 +84,6 @@ impl Graph {
     /// A graph without nodes.
     pub fn new() -> Graph {
         Graph::default()
-    }
-
-    /// From now on drivers that are opened post their events there.
-    pub fn report_to(&mut self, events: Events) {
-        self.events = Some(events);
-    }
-
-    /// Where drivers post their events.
-    pub fn events(&self) -> Option<&Events> {
-        self.events.as_ref()
     }
 
     // ---- names and topology
@@ -363,11 +350,15 @@ impl Graph {
 
     // ---- limits
 
-    /// The group of that name, which some disk is in, or a new one.
-    pub fn throttle_group(&self, name: &str) -> Arc<Group> {
-        let mut members = self.handles.iter().filter_map(|h| h.throttled());
-        let found = members.find(|m| m.group().name == name);
-        found.map_or_else(|| Group::new(name), |m| m.group().clone())
+    /// Everything that waits for limits: disks, and nodes that are filters.
+    fn members(&self) -> impl Iterator<Item = Arc<Member>> {
+        let disks = self.handles.iter().filter_map(|h| h.throttled());
+        disks.chain(self.nodes.iter().filter_map(|e| e.node.driver.throttled()))
+    }
+
+    /// The group of that name, which some disk or node is in.
+    pub fn find_throttle_group(&self, name: &str) -> Option<Arc<Group>> {
+        self.members().map(|m| m.group().clone()).find(|g| g.name == name)
     }
 
     /// Before somebody waits for requests to end: none is held back, by a limit or a breakpoint, as

@@ -15,9 +15,9 @@ use super::driver::{Driver, Perm};
 use super::graph::Graph;
 use super::node::{DetectZeroes, Edge, Node, NodeOptions};
 use super::perm;
+use super::throttle::Group;
 use crate::bail;
 use crate::error::{Error, Result};
-use crate::event::Events;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -140,6 +140,12 @@ pub trait Env {
     /// The protocol driver `driver` (`file`, `host_device`) on `filename`, with default options.
     fn protocol(&self, driver: &str, filename: &str) -> Option<Plan>;
 
+    /// The object of that name, if it is a throttle group.
+    fn throttle_group(&self, name: &str) -> Option<Arc<Group>> {
+        let _ = name;
+        None
+    }
+
     /// A duplicate out of the fd set `path` (`/dev/fdset/N`) whose access mode is that of `flags`
     /// (O_RDONLY, O_RDWR), and that has O_DIRECT if `flags` does.
     fn fdset(&self, path: &str, flags: i32) -> Result<PassedFd>;
@@ -225,11 +231,6 @@ impl Opening<'_> {
         *self.age.get_or_insert_with(|| graph.next_age())
     }
 
-    /// Where the driver can post what the control thread is to know.
-    pub fn events(&self) -> Option<Events> {
-        self.graph.events().cloned()
-    }
-
     /// A descriptor of an fd set.
     pub fn fdset(&self, path: &str, flags: i32) -> Result<PassedFd> {
         self.env.fdset(path, flags)
@@ -238,6 +239,16 @@ impl Opening<'_> {
     /// The bytes of a `secret` object.
     pub fn secret(&self, id: &str) -> Result<Vec<u8>> {
         self.env.secret(id)
+    }
+
+    /// The throttle group of that name: an object's, or one that a drive is in.
+    pub fn throttle_group(&self, name: &str) -> Option<Arc<Group>> {
+        self.env.throttle_group(name).or_else(|| self.graph.find_throttle_group(name))
+    }
+
+    /// The node of that name.
+    pub fn find(&self, name: &str) -> Option<Arc<Node>> {
+        self.graph.find(name).cloned()
     }
 
     /// Opens or finds a child. `perm` is what this driver does with it, and shares, as long as

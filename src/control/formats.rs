@@ -6,16 +6,22 @@
 use super::objects::Objects;
 use crate::block::blkdebug::{BlkdebugOptions, BlkdebugPlan};
 use crate::block::file_open::{BlockdevOptionsFile, FilePlan};
+use crate::block::filter_compress::CompressPlan;
+use crate::block::filter_copy_on_read::CopyOnReadPlan;
+use crate::block::filter_preallocate::PreallocatePlan;
+use crate::block::filter_throttle::ThrottlePlan;
 use crate::block::node::DetectZeroes;
 use crate::block::null::{BlockdevOptionsNull, NullPlan};
 use crate::block::open::{Backing, Child, Common, Env, Open, PassedFd, Plan};
 use crate::block::raw::RawPlan;
+use crate::block::throttle::Group;
 use crate::error::{Error, Result};
 use crate::qapi::{self, Flat, Null, Wire};
 use crate::qcow2::{self, plan::Qcow2Plan};
 use crate::sys::fdset::FdSets;
 use crate::{wire_alternate, wire_enum, wire_struct, wire_union};
 use std::cell::RefCell;
+use std::sync::Arc;
 
 wire_enum! {
     /// What becomes of a discard request.
@@ -67,10 +73,18 @@ wire_union! {
         "null-aio" NullAio(BlockdevOptionsNull),
         /// No storage: writes are forgotten.
         "null-co" NullCo(BlockdevOptionsNull),
+        /// Everything that is written is stored compressed.
+        "compress" Compress(BlockdevOptionsGenericFormat),
+        /// What has to be read from a backing file is written into the image.
+        "copy-on-read" CopyOnRead(BlockdevOptionsCor),
+        /// A growing file grows in large steps.
+        "preallocate" Preallocate(BlockdevOptionsPreallocate),
         /// QEMU's image format.
         "qcow2" Qcow2(Box<BlockdevOptionsQcow2>),
         /// Bytes as they are.
         "raw" Raw(Box<BlockdevOptionsRaw>),
+        /// Keeps to the limits of a group.
+        "throttle" Throttle(BlockdevOptionsThrottle),
     }
     .. {
         /// Its name. Needed for the outermost node of a command if it is a protocol; a format
@@ -154,6 +168,38 @@ wire_struct! {
 }
 
 wire_struct! {
+    /// Options of the driver `copy-on-read`.
+    pub struct BlockdevOptionsCor {
+        /// What is filtered.
+        base: Flat<BlockdevOptionsGenericFormat>,
+        /// The lowest backing file that data are copied from; absent: all.
+        bottom: Option<String>,
+    }
+}
+
+wire_struct! {
+    /// Options of the driver `preallocate`.
+    pub struct BlockdevOptionsPreallocate {
+        /// What is filtered.
+        base: Flat<BlockdevOptionsGenericFormat>,
+        /// What the file's length is made a multiple of (default: 1 MiB).
+        "prealloc-align" prealloc_align: Option<i64>,
+        /// How many bytes are allocated beyond what is written (default: 128 MiB).
+        "prealloc-size" prealloc_size: Option<i64>,
+    }
+}
+
+wire_struct! {
+    /// Options of the driver `throttle`.
+    pub struct BlockdevOptionsThrottle {
+        /// The group's name.
+        "throttle-group" throttle_group: String,
+        /// What is filtered.
+        file: BlockdevRef,
+    }
+}
+
+wire_struct! {
     /// Options of the driver `qcow2`.
     pub struct BlockdevOptionsQcow2 {
         /// What has the image's bytes, and the backing file.
@@ -194,8 +240,8 @@ pub fn backing(r: Option<BlockdevRefOrNull>) -> Result<Backing> {
 }
 
 fn bytes(name: &str, n: Option<i64>) -> Result<Option<u64>> {
-    let bad = |_| Error::new(format!("Parameter '{name}' expects a non-negative value"));
-    n.map(|n| u64::try_from(n).map_err(bad)).transpose()
+    let bad = |n| Error::new(format!("Value '{n}' is out of range for parameter '{name}'"));
+    n.map(|n| u64::try_from(n).map_err(|_| bad(n))).transpose()
 }
 
 /// From `blockdev-add`'s arguments to what `block/open.rs` opens.
@@ -238,6 +284,18 @@ pub fn plan(options: BlockdevOptions) -> Result<Plan> {
                 ..Default::default()
             },
         }),
+        BlockdevDriver::Compress(o) => Box::new(CompressPlan { file: child(o.file)? }),
+        BlockdevDriver::CopyOnRead(o) => {
+            Box::new(CopyOnReadPlan { file: child(o.base.0.file)?, bottom: o.bottom })
+        }
+        BlockdevDriver::Preallocate(o) => Box::new(PreallocatePlan {
+            file: child(o.base.0.file)?,
+            align: bytes("prealloc-align", o.prealloc_align)?,
+            size: bytes("prealloc-size", o.prealloc_size)?,
+        }),
+        BlockdevDriver::Throttle(o) => {
+            Box::new(ThrottlePlan { file: child(o.file)?, group: o.throttle_group })
+        }
         BlockdevDriver::Raw(o) => Box::new(RawPlan {
             file: child(o.base.0.file)?,
             offset: bytes("offset", o.offset)?,
@@ -291,6 +349,10 @@ impl Env for Formats<'_> {
         let name = ["file", "host_device"].into_iter().find(|n| *n == driver)?;
         let driver = Box::new(FilePlan::new(name, filename));
         Some(Plan { common: Common::default(), driver })
+    }
+
+    fn throttle_group(&self, name: &str) -> Option<Arc<Group>> {
+        self.objects.throttle_group(name)
     }
 
     fn fdset(&self, path: &str, flags: i32) -> Result<PassedFd> {

@@ -4,9 +4,11 @@
 //! Never: JSON text, what the objects are used for. Threads: control. Locks: none.
 
 use super::secret::{Secret, SecretProperties};
+use super::throttle_group::ThrottleGroupProperties;
 use super::vm::Vm;
 use crate::bail;
 use crate::block::graph::well_formed;
+use crate::block::throttle::Group;
 use crate::error::{Class, Error, Result};
 use crate::virtio::worker::{IoThread, Pace};
 use crate::{wire_struct, wire_union};
@@ -23,6 +25,8 @@ wire_union! {
         "iothread" Iothread(IothreadProperties),
         /// A password or key.
         "secret" Secret(SecretProperties),
+        /// Limits that the disks and nodes in it share.
+        "throttle-group" ThrottleGroup(Box<ThrottleGroupProperties>),
     }
     .. {
         /// Its name: a letter, then letters, digits, `-`, `.`, `_`.
@@ -57,6 +61,12 @@ impl Object for Arc<IoThread> {
     }
 }
 
+impl Object for Arc<Group> {
+    fn in_use(&self) -> bool {
+        Arc::strong_count(self) > 1
+    }
+}
+
 struct Entry {
     id: String,
     object: Box<dyn Object>,
@@ -84,6 +94,11 @@ impl Objects {
             Some(secret) => Ok(secret),
             None => bail!("Object with id '{id}' is not a secret"),
         }
+    }
+
+    /// The throttle group `id`.
+    pub fn throttle_group(&self, id: &str) -> Option<Arc<Group>> {
+        self.all::<Arc<Group>>().find(|(known, _)| *known == id).map(|(_, group)| group.clone())
     }
 
     /// The thread `id`.
@@ -117,6 +132,12 @@ impl Vm {
         let object: Box<dyn Object> = match options.kind {
             ObjectType::Iothread(options) => Box::new(iothread(&id, &options)?),
             ObjectType::Secret(options) => Box::new(Secret::load(&options, &self.objects)?),
+            ObjectType::ThrottleGroup(options) => {
+                if self.graph.find_throttle_group(&id).is_some() {
+                    bail!("A group with this name already exists");
+                }
+                Box::new(options.group(&id)?)
+            }
         };
         self.objects.0.push(Entry { id, object });
         Ok(())

@@ -6,7 +6,6 @@
 //!
 //! Knows no QMP text beyond the errors a user sees, and no guests.
 
-pub mod create;
 pub mod job;
 pub mod rate;
 pub mod registry;

@@ -114,6 +114,10 @@ impl Driver for Qcow2 {
         self.size.load(Ordering::SeqCst)
     }
 
+    fn compresses(&self) -> bool {
+        true
+    }
+
     fn limits(&self) -> Limits {
         Limits {
             discard_alignment: self.geo.cluster_size() as u32,

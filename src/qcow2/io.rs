@@ -10,8 +10,7 @@
 
 use super::Qcow2;
 use super::compress::decompress;
-use super::corrupt::corrupt;
-use super::meta::{Map, Meta, ZEROES, read_padded};
+use super::meta::{Map, Meta, ZEROES, corrupt, read_padded};
 use super::mutant::Mutant;
 use super::types::Entry;
 use crate::block::debug::BlkdebugEvent;
@@ -95,7 +94,9 @@ impl Meta {
             (k << geo.cluster_bits, true, fresh)
         };
         if ours && !geo.external && (host == 0 || self.tables.contains(&geo.cluster(host))) {
-            return Err(corrupt(self.overlap(&(host..host + (count << geo.cluster_bits)))));
+            return Err(corrupt(format!(
+                "Preventing invalid write on metadata (cluster at offset {host:#x})"
+            )));
         }
         if ours && !geo.external && host + (count << geo.cluster_bits) > self.file_len {
             self.grow_for(file, host, count << geo.cluster_bits)?;

@@ -3,7 +3,7 @@
 //! Owns: the form of its arguments. Never: waits (`block/throttle.rs`). Threads: control. Locks: none.
 
 use super::schema::Cx;
-use crate::block::throttle::{Limit, Limits, Which};
+use crate::block::throttle::{Group, Limit, Limits, Which};
 use crate::error::{Class, Error, Result};
 use crate::{bail, commands, wire_struct};
 
@@ -110,7 +110,9 @@ fn block_set_io_throttle(cx: &mut Cx, args: BlockIOThrottle) -> Result<()> {
     }
     let own = if handle.name().is_empty() { path.unwrap_or_default() } else { handle.name().to_string() };
     let wanted = args.group.unwrap_or(own);
-    let group = cx.vm.graph.throttle_group(&wanted);
+    let objects = &cx.vm.objects;
+    let known = objects.throttle_group(&wanted).or_else(|| cx.vm.graph.find_throttle_group(&wanted));
+    let group = known.unwrap_or_else(|| Group::new(&wanted));
     group.set_limits(limits);
     if handle.throttled().is_none_or(|m| m.group().name != wanted) {
         handle.throttle(Some(group.join()));

@@ -12,7 +12,6 @@ pub mod wire;
 mod cmd_bitmap;
 mod cmd_blockdev;
 mod cmd_core;
-mod cmd_create;
 mod cmd_fd;
 mod cmd_hmp;
 mod cmd_job;
@@ -40,5 +39,4 @@ static TABLES: &[&[schema::Command]] = &[
     cmd_throttle::THROTTLE,
     cmd_object::OBJECT,
     cmd_job::JOB,
-    cmd_create::CREATE,
 ];
