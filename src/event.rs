@@ -29,6 +29,17 @@ pub enum Event {
         /// The threshold, in bytes.
         threshold: u64,
     },
+    /// An image was found corrupt.
+    ImageCorrupted {
+        /// The node.
+        node_name: String,
+        /// What is wrong.
+        msg: String,
+        /// Where in the image file, if it is about a place: offset and length in bytes.
+        at: Option<(u64, u64)>,
+        /// It is not written any more.
+        fatal: bool,
+    },
     /// A vCPU thread cannot go on; the text says why.
     VcpuFailed {
         /// Which vCPU.

@@ -6,9 +6,10 @@ mod support;
 
 use minivmm::block::driver::{Driver, ExtentKind, Flags, Snapshot};
 use minivmm::block::node::{Edge, Node, NodeOptions};
+use minivmm::qcow2::corrupt::Corruption;
 use minivmm::qcow2::create::{self, CreateOptions};
 use minivmm::qcow2::open::{self, Options};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use support::*;
 
@@ -87,12 +88,10 @@ fn metadata_are_not_overwritten_by_the_guest() {
         let l2 = 4usize << 16;
         let entry = (victim << 16 | 1 << 63).to_be_bytes();
         overwrite(&disk, l2 + 8, &entry);
-        let told = Arc::new(AtomicU64::new(0));
+        let told = Arc::new(Mutex::new(Vec::new()));
         let tell = told.clone();
         let options = Options {
-            on_corrupt: Some(Box::new(move |_| {
-                tell.fetch_add(1, Ordering::SeqCst);
-            })),
+            on_corrupt: Some(Box::new(move |c| tell.lock().unwrap().push(c.clone()))),
             ..Options::default()
         };
         let image = open_image(&disk, None, options).unwrap();
@@ -105,7 +104,13 @@ fn metadata_are_not_overwritten_by_the_guest() {
         }
         assert_eq!(result.unwrap_err().raw_os_error(), Some(libc::EIO), "cluster {victim}");
         assert!(write(&image, 0, &[2; 512]).is_err(), "nothing is written any more");
-        assert_eq!(told.load(Ordering::SeqCst), 1);
+        let what = ["qcow2_header", "refcount table", "refcount block", "active L1 table", "active L2 table"];
+        let said = Corruption {
+            msg: format!("Preventing invalid write on metadata (overlaps with {})", what[victim as usize]),
+            at: Some((victim << 16, 512)),
+            fatal: true,
+        };
+        assert_eq!(*told.lock().unwrap(), [said]);
         let mut after = disk.copy();
         assert_eq!(after[79] & 2, 2, "the corrupt bit");
         after[79] &= !2;

@@ -136,11 +136,13 @@ impl Edit<'_> {
         self.set(&handle.root.clone(), node)
     }
 
-    /// Makes everybody who is above `from`, except the node `but`, be above `to` instead.
+    /// Makes everybody who is above `from`, except the node `but` and what `to` stands on itself (a
+    /// backup's target whose backing file is the disk), be above `to` instead.
     pub fn replace(&mut self, from: &Arc<Node>, to: &Arc<Node>, but: Option<&Arc<Node>>) -> Result<()> {
         for parent in self.graph.parents(from) {
             match parent {
                 Parent::Node(above, _) if but.is_some_and(|b| Arc::ptr_eq(b, &above)) => {}
+                Parent::Node(above, _) if is_above(to, &[&above]) => {}
                 Parent::Node(_, edge) => self.set(&edge, Some(to.clone()))?,
                 Parent::Handle(handle) => self.set_root(&handle, Some(to.clone()))?,
             }

@@ -15,6 +15,7 @@ use super::perm::{self, Hold};
 use super::throttle::{Group, Member};
 use crate::bail;
 use crate::error::{Error, Result};
+use crate::event::Events;
 use std::sync::Arc;
 
 /// The longest node name, in bytes (QEMU's node_name[32]).
@@ -41,6 +42,8 @@ pub struct Graph {
     /// How many automatic names were given.
     named: u64,
     ages: u64,
+    /// Where drivers post what the control thread is to know.
+    events: Option<Events>,
 }
 
 /// Who is directly above a node.
@@ -84,6 +87,16 @@ impl Graph {
     /// A graph without nodes.
     pub fn new() -> Graph {
         Graph::default()
+    }
+
+    /// From now on drivers that are opened post their events there.
+    pub fn report_to(&mut self, events: Events) {
+        self.events = Some(events);
+    }
+
+    /// Where drivers post their events.
+    pub fn events(&self) -> Option<&Events> {
+        self.events.as_ref()
     }
 
     // ---- names and topology

@@ -24,6 +24,7 @@
 //! paused and resumed* (`cont`); a reset of the device drops the list. Requests that come between
 //! the error and the pause are done as usual: the guest may not count on an order among them.
 
+use super::chain::{self, Contents};
 use super::driver::{Extent, Flags, Limits, Perm};
 use super::gate::Gate;
 use super::node::{Edge, Node, errno};
@@ -332,6 +333,11 @@ impl Handle {
     /// What is at `off`.
     pub fn status(&self, off: u64, len: u64) -> io::Result<Extent> {
         self.with(|n| n.status(off, len))
+    }
+
+    /// What a reader finds at `off`, wherever in the chain of images it lies; `len` > 0.
+    pub fn contents(&self, off: u64, len: u64) -> io::Result<Contents> {
+        self.with(|n| chain::contents(n, off, len))
     }
 
     fn with_cache(&self, flags: Flags) -> Flags {

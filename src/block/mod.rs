@@ -9,6 +9,8 @@ pub mod bitmap;
 pub mod bitmaps;
 pub mod blkdebug;
 mod blkdebug_rules;
+pub mod chain;
+pub mod copy_before_write;
 pub mod debug;
 pub mod drive;
 pub mod driver;

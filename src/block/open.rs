@@ -18,6 +18,7 @@ use super::perm;
 use super::throttle::Group;
 use crate::bail;
 use crate::error::{Error, Result};
+use crate::event::Events;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -229,6 +230,11 @@ impl Opening<'_> {
     fn age(&mut self) -> u64 {
         let graph = &mut *self.graph;
         *self.age.get_or_insert_with(|| graph.next_age())
+    }
+
+    /// Where the driver can post what the control thread is to know.
+    pub fn events(&self) -> Option<Events> {
+        self.graph.events().cloned()
     }
 
     /// A descriptor of an fd set.

@@ -2,8 +2,9 @@
 //!
 //! Owns: offset and size. Never: looks at data. Threads: I/O from any. Locks: none.
 
+use super::chain;
 use super::debug::BlkdebugEvent;
-use super::driver::{Driver, Extent, Flags, ImageInfo, Limits, Perm};
+use super::driver::{Driver, Extent, ExtentKind, Flags, ImageInfo, Limits, Perm};
 use super::node::{Edge, Node, errno};
 use super::open::{Child, Open, Opening};
 use super::perm;
@@ -120,9 +121,11 @@ impl Driver for Raw {
     }
 
     fn status(&self, off: u64, len: u64) -> io::Result<Extent> {
-        let mut extent = self.file.need()?.status(off + self.offset, len)?;
-        extent.host_offset = Some(off + self.offset);
-        Ok(extent)
+        // Below may be a format with images behind it: "not in this node" would be said of those.
+        let at = off + self.offset;
+        let found = chain::contents(&*self.file.need()?, at, len)?;
+        let kind = if found.zero { ExtentKind::Zero } else { ExtentKind::Data };
+        Ok(Extent { kind, len: found.len, host_offset: Some(at) })
     }
 
     fn resize(&self, len: u64) -> io::Result<()> {

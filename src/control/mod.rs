@@ -6,6 +6,7 @@ pub mod drive_options;
 pub mod event_loop;
 pub mod formats;
 mod jobs;
+pub mod new_image;
 pub mod objects;
 pub mod qemu_io;
 mod qemu_io_text;

@@ -10,6 +10,7 @@ use super::qemu_io::QemuIo;
 use super::state::RunState;
 use crate::block::drive::Drives;
 use crate::block::graph::Graph;
+use crate::block::node::Node;
 use crate::error::{Error, Result, strerror};
 use crate::event::{BlockIoError, ErrorAction, Event, Events};
 use crate::jobs::registry::Jobs;
@@ -175,16 +176,19 @@ pub struct Vm {
 impl Vm {
     /// A VM with nothing in it, in run state `prelaunch`. Fails only without file descriptors.
     pub fn new(settings: Settings) -> io::Result<Vm> {
+        let events = Arc::new(Inbox::new()?);
+        let mut graph = Graph::new();
+        graph.report_to(events.clone());
         Ok(Vm {
             settings,
             run_state: RunState::Prelaunch,
-            events: Arc::new(Inbox::new()?),
+            events,
             outbox: Vec::new(),
             fds: FdSets::new(),
             drives: Drives::new(),
             machine: None,
             board: None,
-            graph: Graph::new(),
+            graph,
             jobs: Jobs::new(),
             drive_numbers: (0, 0),
             temporary: Vec::new(),
@@ -389,6 +393,16 @@ impl Vm {
                 let data = json!({ "node-name": node_name, "amount-exceeded": exceeded,
                                    "write-threshold": threshold });
                 self.emit("BLOCK_WRITE_THRESHOLD", data);
+            }
+            Event::ImageCorrupted { node_name, msg, at, fatal } => {
+                let is_root = |n: Arc<Node>| n.name == node_name;
+                let drive = self.drives.iter().find(|d| d.handle.node().is_some_and(is_root));
+                let mut data = json!({ "device": drive.map_or("", |d| d.name()),
+                                       "node-name": node_name, "msg": msg, "fatal": fatal });
+                if let Some((offset, size)) = at {
+                    (data["offset"], data["size"]) = (Value::from(offset), Value::from(size));
+                }
+                self.emit("BLOCK_IMAGE_CORRUPTED", data);
             }
             Event::BlockIoError(e) => self.block_io_error(e),
             Event::Job(serial) => {

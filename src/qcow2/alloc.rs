@@ -9,8 +9,9 @@
 //! few pages per call), else the end of the file. A refcount block, or a bigger refcount table,
 //! is made only there, in clusters that it counts itself.
 
+use super::corrupt::corrupt;
 use super::header::MAX_REFTABLE_BYTES;
-use super::meta::{Meta, corrupt, read_page, write_zeroes};
+use super::meta::{Meta, read_page, write_zeroes};
 use super::types::{REFTABLE_MASK, refcount_get, refcount_set};
 use crate::block::debug::BlkdebugEvent;
 use crate::block::node::Node;

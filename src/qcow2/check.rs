@@ -9,8 +9,9 @@
 
 use super::Qcow2;
 use super::cache::ByOffset;
+use super::corrupt::corrupt;
 use super::header::INCOMPAT_DIRTY;
-use super::meta::{Meta, corrupt, read_padded};
+use super::meta::{Meta, read_padded};
 use super::types::{COMPRESSED, COPIED, OFFSET_MASK, REFTABLE_MASK, be32, be64};
 use crate::block::node::Node;
 use std::collections::{HashMap, HashSet};

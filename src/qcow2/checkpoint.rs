@@ -50,7 +50,6 @@
 //! An in-place write followed by a flush finds nothing dirty and costs one sync.
 
 use super::Qcow2;
-use super::header::INCOMPAT_CORRUPT;
 use super::meta::{Freed, Meta, write_all};
 use super::mutant::Mutant;
 use crate::block::debug::BlkdebugEvent;
@@ -351,39 +350,6 @@ impl Qcow2 {
             punch();
         }
         Ok(())
-    }
-
-    /// The image is broken: says so in its header at once, and lets nobody write any more.
-    /// Answers EIO for the request that found it.
-    pub(super) fn mark_corrupt(&self, why: &str) -> io::Error {
-        let mut meta = self.lock();
-        if !self.read_only() && !meta.corrupt {
-            log::error!(
-                "qcow2: Marking image as corrupt: {why}; further corruption events will be suppressed"
-            );
-            meta.corrupt = true;
-            meta.header.incompatible |= INCOMPAT_CORRUPT;
-            if meta.geo.v3 {
-                // Only this bit: other fields may name what is not on disk yet.
-                let mut sector = meta.sector.clone();
-                sector[79] |= INCOMPAT_CORRUPT as u8;
-                let done = self.file().and_then(|f| {
-                    f.locked();
-                    write_all(&f, 0, &sector)?;
-                    f.flush()
-                });
-                match done {
-                    Ok(()) => meta.sector = sector,
-                    Err(e) => log::error!("qcow2: the corrupt bit could not be written: {e}"),
-                }
-            }
-            if let Some(tell) = &self.on_corrupt {
-                tell(why);
-            }
-        } else if self.read_only() {
-            log::warn!("qcow2: image is corrupt: {why}");
-        }
-        io::Error::from_raw_os_error(libc::EIO)
     }
 }
 

@@ -10,7 +10,8 @@
 
 use super::Qcow2;
 use super::compress::decompress;
-use super::meta::{Map, Meta, ZEROES, corrupt, read_padded};
+use super::corrupt::corrupt;
+use super::meta::{Map, Meta, ZEROES, read_padded};
 use super::mutant::Mutant;
 use super::types::Entry;
 use crate::block::debug::BlkdebugEvent;
@@ -94,9 +95,7 @@ impl Meta {
             (k << geo.cluster_bits, true, fresh)
         };
         if ours && !geo.external && (host == 0 || self.tables.contains(&geo.cluster(host))) {
-            return Err(corrupt(format!(
-                "Preventing invalid write on metadata (cluster at offset {host:#x})"
-            )));
+            return Err(corrupt(self.overlap(&(host..host + (count << geo.cluster_bits)))));
         }
         if ours && !geo.external && host + (count << geo.cluster_bits) > self.file_len {
             self.grow_for(file, host, count << geo.cluster_bits)?;

@@ -11,6 +11,7 @@
 //! an old version could come after a newer one that was written and dropped.
 
 use super::cache::{ByOffset, Cache};
+use super::corrupt::{Broken, corrupt};
 use super::header::Header;
 use super::mutant::Mutant;
 use super::types::{COPIED, Entry, Geometry, OFFSET_MASK, be64};
@@ -29,7 +30,7 @@ pub enum Miss {
     /// The L2 page at this file offset is not in memory.
     Page(u64),
     /// The image is corrupt; what is wrong.
-    Corrupt(String),
+    Corrupt(Broken),
 }
 
 /// Where a run of guest disk is.
@@ -148,6 +149,8 @@ pub struct Meta {
     pub exclusive: bool,
     /// The image was found corrupt: nothing may be written any more.
     pub corrupt: bool,
+    /// Whoever wants to know has been told that the image is corrupt.
+    pub signaled: bool,
 }
 
 impl Meta {
@@ -176,14 +179,13 @@ impl Meta {
             return Ok(None);
         }
         if table & (self.geo.cluster_size() - 1) != 0 {
-            return Err(Miss::Corrupt(format!(
-                "L2 table offset {table:#x} unaligned (L1 index: {index:#x})"
-            )));
+            let why = format!("L2 table offset {table:#x} unaligned (L1 index: {index:#x})");
+            return Err(Miss::Corrupt(why.into()));
         }
         if table.saturating_add(self.geo.cluster_size()) > self.geo.round_up(self.file_len) {
-            return Err(Miss::Corrupt(format!(
-                "L2 table offset {table:#x} is beyond the end of the file (L1 index: {index:#x})"
-            )));
+            let why =
+                format!("L2 table offset {table:#x} is beyond the end of the file (L1 index: {index:#x})");
+            return Err(Miss::Corrupt(why.into()));
         }
         Ok(Some((table, entry & COPIED != 0)))
     }
@@ -267,9 +269,9 @@ impl Meta {
                 break;
             }
             if !geo.external && (host == 0 || self.tables.contains(&geo.cluster(host))) {
-                return Err(Miss::Corrupt(format!(
-                    "Preventing invalid write on metadata (cluster at offset {host:#x})"
-                )));
+                let inside = host + geo.in_cluster(pos);
+                let n = (end - pos).min(geo.cluster_size() - geo.in_cluster(pos));
+                return Err(Miss::Corrupt(self.overlap(&(inside..inside + n))));
             }
             let stop = end.min((cluster + 1) << geo.cluster_bits);
             while pos < stop {
@@ -434,38 +436,17 @@ impl Meta {
     }
 }
 
-/// What is wrong with an image: the inside of an [`io::Error`] from [`corrupt`].
-#[derive(Debug)]
-struct Corrupt(String);
-
-impl std::fmt::Display for Corrupt {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl std::error::Error for Corrupt {}
-
-/// An error that says that the image is corrupt; see [`is_corrupt`].
-pub fn corrupt(why: impl Into<String>) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, Corrupt(why.into()))
-}
-
-/// True for the errors of [`corrupt`].
-pub fn is_corrupt(e: &io::Error) -> bool {
-    e.get_ref().is_some_and(|inner| inner.is::<Corrupt>())
-}
-
 fn decode(geo: &Geometry, page: &[u8], at: usize, c: u64) -> Result<Entry, Miss> {
     let bitmap = if geo.extended { be64(page, at + 8) } else { 0 };
-    let entry = geo
-        .decode(be64(page, at), bitmap)
-        .map_err(|why| Miss::Corrupt(format!("{why} (guest offset {:#x})", c << geo.cluster_bits)))?;
+    let entry = geo.decode(be64(page, at), bitmap).map_err(|why| {
+        let guest = c << geo.cluster_bits;
+        Miss::Corrupt(format!("{why} (guest offset: {guest:#x})").into())
+    })?;
     if geo.external && entry.host.is_some_and(|h| h != c << geo.cluster_bits) {
-        return Err(Miss::Corrupt(format!(
-            "External data file host cluster offset is not the guest offset {:#x}",
-            c << geo.cluster_bits
-        )));
+        let guest = c << geo.cluster_bits;
+        let why =
+            format!("External data file host cluster offset does not match guest cluster offset: {guest:#x}");
+        return Err(Miss::Corrupt(why.into()));
     }
     Ok(entry)
 }

@@ -22,6 +22,7 @@
 //! | `backing.rs` | another name for the backing file |
 //! | `snapshot.rs` | internal snapshots |
 //! | `check.rs` | walking all metadata: repair at open, and the tests' checker |
+//! | `corrupt.rs` | what follows when something is found wrong |
 //! | `mutant.rs` | deliberate bugs for the tests' own test; none in a release build |
 //! | `driver.rs` | `impl Driver` |
 //!
@@ -36,6 +37,7 @@ mod cache;
 pub mod check;
 mod checkpoint;
 pub mod compress;
+pub mod corrupt;
 pub mod create;
 mod driver;
 mod erase;
@@ -88,8 +90,8 @@ pub struct Qcow2 {
     /// How long a page may stay unused; `None`: for ever.
     clean_interval: Option<Duration>,
     bug: Option<Mutant>,
-    /// Told once when the image is found corrupt.
-    on_corrupt: Option<open::OnCorrupt>,
+    /// Told when the image is found corrupt.
+    on_corrupt: Option<corrupt::OnCorrupt>,
 }
 
 /// A request that is at data I/O at a place it looked up. While it lives, that cluster is neither
@@ -252,10 +254,5 @@ impl Qcow2 {
                 Err(self.mark_corrupt(&why))
             }
         }
-    }
-
-    /// Turns an error that says "corrupt" into the corrupt bit and EIO; call with no lock held.
-    fn judge<T>(&self, result: std::io::Result<T>) -> std::io::Result<T> {
-        result.map_err(|e| if meta::is_corrupt(&e) { self.mark_corrupt(&e.to_string()) } else { e })
     }
 }

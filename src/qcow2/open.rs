@@ -8,6 +8,7 @@
 
 use super::Qcow2;
 use super::cache::Cache;
+use super::corrupt::OnCorrupt;
 use super::header::{self, Crypt, Header};
 use super::meta::{Meta, Table, read_padded};
 use super::types::{OFFSET_MASK, REFTABLE_MASK, be32, be64};
@@ -17,9 +18,6 @@ use std::collections::HashSet;
 use std::io;
 use std::sync::Arc;
 use std::time::Instant;
-
-/// Called once, with what is wrong, when an image is found corrupt while in use.
-pub type OnCorrupt = Box<dyn Fn(&str) + Send + Sync>;
 
 /// QEMU's upper bound for an L2 cache that was not asked for by size, in bytes.
 const L2_CACHE_MAX: u64 = 32 << 20;
@@ -153,6 +151,7 @@ pub fn open(
         bug: options.bug,
         exclusive: false,
         corrupt: false,
+        signaled: false,
     };
     if !options.read_only {
         meta.find_tables(&node)?;

@@ -3,11 +3,13 @@
 //! Owns: in which order an image, its backing file and its data file are opened. Never: decides
 //! what an image may name ([`Opening`] does). Threads: the control thread. Locks: none.
 
+use super::corrupt::{Corruption, OnCorrupt};
 use super::open::{self, Options};
 use crate::block::driver::{Driver, Perm};
 use crate::block::open::{Backing, Child, Open, Opening};
 use crate::block::perm;
 use crate::error::{Error, Result, strerror};
+use crate::event::Event;
 
 /// The driver `qcow2`, with its options.
 pub struct Qcow2Plan {
@@ -54,7 +56,15 @@ impl Open for Qcow2Plan {
         };
         let named = header.backing_file.as_deref().map(|n| (n, header.backing_format.as_deref()));
         let backing = cx.backing(self.backing, &file, named)?;
-        let options = Options { read_only: cx.options.read_only, ..self.options };
+        let on_corrupt = cx.events().map(|events| {
+            let node_name = cx.name().to_string();
+            let tell = move |c: &Corruption| {
+                let (node_name, msg) = (node_name.clone(), c.msg.clone());
+                events.post(Event::ImageCorrupted { node_name, msg, at: c.at, fatal: c.fatal });
+            };
+            Box::new(tell) as OnCorrupt
+        });
+        let options = Options { read_only: cx.options.read_only, on_corrupt, ..self.options };
         Ok(Box::new(open::open(file, backing, data_file, options).map_err(says)?))
     }
 }

@@ -146,7 +146,7 @@ impl Meta {
             let words = self.l2.get(page).unwrap_or(&[]);
             for at in (0..words.len()).step_by(1 << geo.entry_bits()) {
                 let bitmap = if geo.extended { be64(words, at + 8) } else { 0 };
-                let entry = geo.decode(be64(words, at), bitmap).map_err(super::meta::corrupt)?;
+                let entry = geo.decode(be64(words, at), bitmap).map_err(super::corrupt::corrupt)?;
                 if let Some((offset, len)) = entry.compressed {
                     out.extend(geo.clusters(offset, len));
                 } else if let Some(host) = entry.host.filter(|_| !geo.external) {
@@ -201,7 +201,7 @@ impl Qcow2 {
             let mut meta = self.lock();
             let size = meta.geo.cluster_size();
             if table & (size - 1) != 0 || table.saturating_add(size) > meta.geo.round_up(meta.file_len) {
-                return Err(super::meta::corrupt(format!("L2 table offset {table:#x} is not possible")));
+                return Err(super::corrupt::corrupt(format!("L2 table offset {table:#x} is not possible")));
             }
             let clusters = meta.references(&file, table)?;
             for k in clusters {
@@ -424,7 +424,7 @@ impl Qcow2 {
     fn read_l1(&self, of: &Entry) -> io::Result<Vec<u64>> {
         let len = u64::from(of.l1_size) * 8;
         if len > MAX_L1_BYTES || of.l1_offset & (self.geo.cluster_size() - 1) != 0 {
-            return Err(super::meta::corrupt("a snapshot's L1 table is not where it can be"));
+            return Err(super::corrupt::corrupt("a snapshot's L1 table is not where it can be"));
         }
         let mut bytes = vec![0; len as usize];
         read_padded(&*self.file()?, of.l1_offset, &mut bytes)?;

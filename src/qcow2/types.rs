@@ -151,7 +151,7 @@ impl Geometry {
         let copied = word & COPIED != 0;
         let offset = word & OFFSET_MASK;
         if offset & (self.cluster_size() - 1) != 0 {
-            return Err("data cluster offset is not aligned to a cluster");
+            return Err("Data cluster offset unaligned");
         }
         let host = (offset != 0 || (self.external && copied)).then_some(offset);
         let (data, zero) = if self.extended {

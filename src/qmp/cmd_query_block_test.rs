@@ -199,3 +199,84 @@ fn a_graph_has_a_greatest_depth() {
     };
     crate::sys::thread::spawn("control", MAIN_STACK, climb).unwrap().join().unwrap();
 }
+
+/// A qcow2 image whose second guest cluster lies where its L2 table is.
+fn contradictory(dir: &Scratch) -> Option<String> {
+    let img = qemu("qemu-img")?;
+    let path = dir.path("c.qcow2");
+    let done = std::process::Command::new(&img).args(["create", "-q", "-f", "qcow2", &path, "8M"]).status();
+    assert!(done.unwrap().success());
+    let io = std::process::Command::new(img.replace("qemu-img", "qemu-io"))
+        .args(["-f", "qcow2", "-c", "write -P 1 0 512", &path])
+        .output();
+    assert!(io.unwrap().status.success());
+    let mut bytes = std::fs::read(&path).unwrap();
+    let word = |bytes: &[u8], at: usize| {
+        (u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap()) & 0x00ff_ffff_ffff_fe00) as usize
+    };
+    let l2 = word(&bytes, word(&bytes, 40));
+    bytes[l2 + 8..l2 + 16].copy_from_slice(&(l2 as u64 | 1 << 63).to_be_bytes());
+    std::fs::write(&path, bytes).unwrap();
+    Some(path)
+}
+
+#[test]
+fn a_corrupt_image_is_told_of_once_and_written_no_more() {
+    let dir = Scratch::new("query-corrupt");
+    let Some(path) = contradictory(&dir) else { return };
+    let mut q = Qmp::new();
+    let args = json!({"id": "d0", "if": "none", "file": path, "format": "qcow2", "node-name": "n0"});
+    q.vm.add_drive(args.as_object().unwrap().clone()).unwrap();
+    fn corrupt(q: &mut Qmp) -> Value {
+        let drives = q.ok("query-block", json!({}));
+        drives[0]["inserted"]["image"]["format-specific"]["data"]["corrupt"].clone()
+    }
+    assert_eq!(corrupt(&mut q), false);
+    for request in ["write 64k 512", "write 64k 512", "write 0 512", "discard 0 64k", "flush"] {
+        q.ok("human-monitor-command", json!({"command-line": format!("qemu-io d0 \"{request}\"")}));
+    }
+    q.vm.take_events();
+    let msg = "Preventing invalid write on metadata (overlaps with active L2 table)";
+    let data = json!({"device": "d0", "node-name": "n0", "msg": msg, "offset": 4 << 16, "size": 512,
+                      "fatal": true});
+    let sent: Vec<_> = q.vm.outbox.iter().map(|e| (e.name, json!(e.data))).collect();
+    assert_eq!(sent, [("BLOCK_IMAGE_CORRUPTED", data)]);
+    assert_eq!(corrupt(&mut q), true);
+    let before = std::fs::read(&path).unwrap();
+    q.vm.drives.clear();
+    q.vm.graph.close_all();
+    let after = std::fs::read(&path).unwrap();
+    assert!(
+        before == after && after[79] & 2 != 0,
+        "the corrupt bit is there, and nothing was written after it"
+    );
+    // Only reading is left.
+    let open = |read_only: bool| {
+        json!({"driver": "qcow2", "node-name": "again", "read-only": read_only,
+               "file": {"driver": "file", "filename": path}})
+    };
+    assert_eq!(q.err("blockdev-add", open(false)), "qcow2: Image is corrupt; cannot be opened read/write");
+    q.ok("blockdev-add", open(true));
+}
+
+#[test]
+fn a_corrupt_image_that_is_only_read_is_told_of_once_and_not_marked() {
+    let dir = Scratch::new("query-corrupt-ro");
+    let Some(path) = contradictory(&dir) else { return };
+    let mut bytes = std::fs::read(&path).unwrap();
+    bytes[(4 << 16) + 14] |= 2;
+    std::fs::write(&path, &bytes).unwrap();
+    let mut q = Qmp::new();
+    let file = json!({"driver": "file", "filename": path});
+    q.ok("blockdev-add", json!({"driver": "qcow2", "node-name": "n0", "read-only": true, "file": file}));
+    let node = q.vm.graph.find("n0").unwrap().clone();
+    for _ in 0..2 {
+        assert!(node.read(65536, &mut IovMut::from_slice(&mut [0; 512])).is_err());
+    }
+    q.vm.take_events();
+    let msg = "Data cluster offset unaligned (guest offset: 0x10000)";
+    let data = json!({"device": "", "node-name": "n0", "msg": msg, "fatal": false});
+    let sent: Vec<_> = q.vm.outbox.iter().map(|e| (e.name, json!(e.data))).collect();
+    assert_eq!(sent, [("BLOCK_IMAGE_CORRUPTED", data)]);
+    assert!(std::fs::read(&path).unwrap() == bytes);
+}

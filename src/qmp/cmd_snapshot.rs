@@ -10,16 +10,12 @@ use super::schema::Cx;
 use crate::block::driver;
 use crate::block::graph::{Graph, Parent};
 use crate::block::node::Node;
-use crate::block::open;
 use crate::block::snapshot::{Inside, Overlay, check_overlay};
-use crate::control::drive_options::named;
-use crate::control::formats::{self, BlockdevOptions, Formats};
+use crate::control::formats::Formats;
+use crate::control::new_image::{self, NewBacking};
 use crate::error::{Error, Result, strerror};
-use crate::qapi::{Path, Wire};
-use crate::qcow2::create::{CreateOptions, create};
 use crate::{bail, commands, wire_enum, wire_struct};
-use serde_json::{Value, json};
-use std::os::unix::fs::OpenOptionsExt;
+use serde_json::Value;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -215,76 +211,21 @@ pub(super) fn plan_sync(cx: &mut Cx, plan: &mut Plan, args: BlockdevSnapshotSync
         bail!("New overlay node-name already in use");
     }
     let format = args.format.as_deref().unwrap_or("qcow2");
-    let file = named(&args.file)?;
     match args.mode.unwrap_or_default() {
         NewImageMode::Existing => {}
-        NewImageMode::AbsolutePaths if !formats::exists(format) => bail!("Unknown file format '{format}'"),
-        NewImageMode::AbsolutePaths if format != "qcow2" => {
-            bail!("Backing file not supported for file format '{format}'");
+        NewImageMode::AbsolutePaths => {
+            let backing = NewBacking { name: file_name(&node), format: node.driver.name().to_string() };
+            let env = Formats::new(&mut cx.vm.fds, &cx.vm.objects);
+            new_image::make(&env, &args.file, format, node.len(), Some(backing))?;
         }
-        NewImageMode::AbsolutePaths => make(cx, &node, file.clone())?,
     }
-    if !formats::exists(format) {
-        bail!("Unknown driver '{format}'");
-    }
-    let options = node.options();
-    let mut over = json!({
-        "driver": format,
-        "file": file,
-        "cache": { "direct": options.direct, "no-flush": options.no_flush, "writeback": options.writeback },
-        "discard": if options.unmap { "unmap" } else { "ignore" },
-    });
-    if format == "qcow2" {
-        over["backing"] = Value::Null;
-    }
-    if let Some(name) = args.name {
-        over["node-name"] = name.into();
-    }
-    let spec = formats::plan(BlockdevOptions::take(over, &Path::Root)?)?;
-    let over = open::add(&mut cx.vm.graph, &Formats::new(&mut cx.vm.fds, &cx.vm.objects), spec)?;
+    let name = args.name.as_deref();
+    let over = new_image::options(&args.file, format, name, &node.options(), Some(Value::Null))?;
+    let over = new_image::open(&mut cx.vm.graph, &Formats::new(&mut cx.vm.fds, &cx.vm.objects), over)?;
     plan.opened.push(over.clone());
     check_overlay(&cx.vm.graph, &over)?;
     plan.overlays.push(Overlay { node, over });
     Ok(())
-}
-
-/// Creates a qcow2 image in `file` (a protocol node's options) whose backing file is what `node`
-/// shows.
-fn make(cx: &mut Cx, node: &Arc<Node>, mut file: Value) -> Result<()> {
-    let path = file["filename"].as_str().unwrap_or_default().to_string();
-    let says = |e: &std::io::Error| Error::new(format!("Could not create '{path}': {}", strerror(e)));
-    if file["driver"] == "file" && !path.starts_with("/dev/fdset/") {
-        // A file that is there loses its contents only below, with a lock on it.
-        let mut how = std::fs::OpenOptions::new();
-        how.read(true).write(true).create(true).truncate(false).mode(0o644);
-        how.open(&path).map_err(|e| says(&e))?;
-    }
-    let name = file_name(node);
-    let name = match std::path::absolute(&name) {
-        // The name is to be found from the new image's folder, too.
-        Ok(full) if !name.starts_with("json:") => full.to_string_lossy().into_owned(),
-        _ => name,
-    };
-    file["node-name"] = "new".into();
-    let mut graph = Graph::new();
-    let spec = formats::plan(BlockdevOptions::take(file, &Path::Root)?)?;
-    let below = open::add(&mut graph, &Formats::new(&mut cx.vm.fds, &cx.vm.objects), spec)?;
-    let whole = crate::block::handle::HandleSpec {
-        uses: driver::Perm::WRITE | driver::Perm::RESIZE,
-        shares: driver::Perm::NONE,
-        ..Default::default()
-    };
-    let user = graph.attach(Some(below.clone()), whole)?;
-    let options = CreateOptions {
-        size: node.len().next_multiple_of(512),
-        backing_file: Some(name),
-        backing_format: Some(node.driver.name().to_string()),
-        ..CreateOptions::default()
-    };
-    let made = create(&below, None, &options);
-    drop((below, user));
-    graph.close_all();
-    made.map_err(|e| says(&e))
 }
 
 /// As a part of a transaction.

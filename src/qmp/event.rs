@@ -133,6 +133,23 @@ events! {
         reason: String,
     };
 
+    /// An image was found to contradict itself. From a fatal one on it can only be read, until it
+    /// was checked and repaired.
+    "BLOCK_IMAGE_CORRUPTED" {
+        /// The name of the drive that it is in, or "".
+        device: String,
+        /// The node's name.
+        "node-name" node_name: Option<String>,
+        /// What is wrong, for people.
+        msg: String,
+        /// Where in the image file, in bytes, if it is about a place.
+        offset: Option<i64>,
+        /// How many bytes there.
+        size: Option<i64>,
+        /// The image is marked as corrupt and not written any more.
+        fatal: bool,
+    };
+
     /// A write went beyond a node's write threshold, which is off now.
     "BLOCK_WRITE_THRESHOLD" {
         /// The node.

@@ -12,6 +12,7 @@ pub mod wire;
 mod cmd_bitmap;
 mod cmd_blockdev;
 mod cmd_core;
+mod cmd_create;
 mod cmd_fd;
 mod cmd_hmp;
 mod cmd_job;
@@ -39,4 +40,5 @@ static TABLES: &[&[schema::Command]] = &[
     cmd_throttle::THROTTLE,
     cmd_object::OBJECT,
     cmd_job::JOB,
+    cmd_create::CREATE,
 ];

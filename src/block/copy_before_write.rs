@@ -1,0 +1,398 @@
+//! The filter `copy-before-write`: what a backup puts above a disk, so that its target gets the disk
+//! as it was when the filter came.
+//!
+//! A write of the guest first has the old contents of the clusters it touches copied to the target,
+//! those that were not copied yet; then it goes down. A cluster is copied once, by whoever comes
+//! first, the guest or the job: [`Copies`] is what they share. `to_copy` has the clusters that are
+//! still to be copied, and `busy` the ranges that somebody is copying: others wait for those, and
+//! then find nothing to do. So what the target gets of a cluster was read while no write of it was
+//! under way since the filter came.
+//!
+//! Owns: which clusters are copied. Never: knows the job. Threads: I/O from any; whoever copies has
+//! a ticket of a handle above the filter. Locks: `busy`, for moments, and never across I/O (who waits
+//! for a range waits on a condition variable, with a ticket in hand; who has a range waits for nothing
+//! but I/O).
+
+use super::bitmap::Bitmap;
+use super::chain;
+use super::driver::{Driver, Extent, Flags, Limits, Perm};
+use super::node::{Edge, Node, NodeOptions};
+use crate::error::Result;
+use crate::sys::buf::AlignedBuf;
+use crate::sys::iov::{Iov, IovMut};
+use std::io;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+/// The most that is copied in one piece, in bytes.
+pub const PIECE: u64 = 1 << 20;
+
+/// How [`Copies`] are made.
+#[derive(Clone, Copy)]
+pub struct CopyOptions {
+    /// Bytes that are copied together, a power of two: at least the target's clusters, or what they
+    /// hold besides would be lost.
+    pub cluster: u64,
+    /// The target's data are compressed.
+    pub compress: bool,
+    /// A failed copy breaks the copy, not the guest's write (`on-cbw-error=break-snapshot`).
+    pub break_snapshot: bool,
+}
+
+/// What the filter and the job share. See the module's head.
+pub struct Copies {
+    options: CopyOptions,
+    /// Length of the disk when the filter came, in bytes: the copy has no more.
+    len: u64,
+    to_copy: Arc<Bitmap>,
+    /// What guests' writes had copied.
+    done: Arc<Bitmap>,
+    busy: Mutex<Vec<Range<u64>>>,
+    freed: Condvar,
+    /// The copy is no more what the disk was.
+    broken: AtomicBool,
+}
+
+/// Which side of a copy failed.
+#[derive(Debug)]
+pub enum CopyError {
+    /// Reading the disk.
+    Source(io::Error),
+    /// Writing the target.
+    Target(io::Error),
+}
+
+impl CopyError {
+    /// The error itself.
+    pub fn into_io(self) -> io::Error {
+        match self {
+            CopyError::Source(e) | CopyError::Target(e) => e,
+        }
+    }
+}
+
+/// Memory that copies go through, made at the first use and used again.
+#[derive(Default)]
+pub struct Scratch(Option<AlignedBuf>);
+
+impl Scratch {
+    fn take(&mut self, len: usize) -> &mut [u8] {
+        let fits = |b: &AlignedBuf| b.len() >= len;
+        if !self.0.as_ref().is_some_and(fits) {
+            self.0 = None;
+        }
+        &mut self.0.get_or_insert_with(|| AlignedBuf::new(len, 4096))[..len]
+    }
+}
+
+/// A range that is being copied; dropping it lets the others at it.
+struct Claim<'a> {
+    copies: &'a Copies,
+    range: Range<u64>,
+}
+
+impl Drop for Claim<'_> {
+    fn drop(&mut self) {
+        self.copies.lock().retain(|r| *r != self.range);
+        self.copies.freed.notify_all();
+    }
+}
+
+impl Copies {
+    fn lock(&self) -> MutexGuard<'_, Vec<Range<u64>>> {
+        self.busy.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Bytes that are copied together.
+    pub fn cluster(&self) -> u64 {
+        self.options.cluster
+    }
+
+    /// Length of what is copied, in bytes.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// True when the length is 0.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The clusters that are still to be copied: those that are dirty. Only before the guest can come
+    /// may anybody set one; clearing one that is not to be copied is always right.
+    pub fn to_copy(&self) -> &Arc<Bitmap> {
+        &self.to_copy
+    }
+
+    /// A failed copy of a guest's write broke the copy.
+    pub fn broken(&self) -> bool {
+        self.broken.load(Ordering::SeqCst)
+    }
+
+    /// The next range in `from..end` that is to be copied, for the caller alone; waits for those who
+    /// copy there now.
+    fn claim(&self, from: u64, end: u64) -> Option<Claim<'_>> {
+        let mut busy = self.lock();
+        loop {
+            let mut range = self.to_copy.next_dirty(from, end, PIECE.max(self.options.cluster))?;
+            // whole clusters, wherever the caller began
+            range.start &= !(self.options.cluster - 1);
+            range.end = range.end.next_multiple_of(self.options.cluster).min(self.len);
+            let first = busy.iter().filter(|b| b.start < range.end && range.start < b.end);
+            match first.map(|b| b.start).min() {
+                None => {
+                    busy.push(range.clone());
+                    return Some(Claim { copies: self, range });
+                }
+                // up to there it is free
+                Some(start) if start > range.start => {
+                    range.end = start;
+                    busy.push(range.clone());
+                    return Some(Claim { copies: self, range });
+                }
+                Some(_) => busy = self.freed.wait(busy).unwrap_or_else(PoisonError::into_inner),
+            }
+        }
+    }
+
+    /// Copies the next piece of what touches `from..end` and was not copied yet, or answers `None`.
+    /// With a ticket in hand; `source` and `target` are the nodes below the filter.
+    pub fn copy_next(
+        &self,
+        source: &Node,
+        target: &Node,
+        (from, end): (u64, u64),
+        scratch: &mut Scratch,
+    ) -> std::result::Result<Option<Range<u64>>, CopyError> {
+        let Some(claim) = self.claim(from, end.min(self.len)) else { return Ok(None) };
+        let range = claim.range.clone();
+        let mut at = range.start;
+        while at < range.end {
+            at += self.copy(source, target, (at, range.end - at), scratch)?;
+        }
+        // before the claim ends: who waited must find nothing to do
+        self.to_copy.clear(range.start, range.end - range.start);
+        Ok(Some(range))
+    }
+
+    /// Finds out how many bytes from `off` on need no copy, for they are zeroes in the disk and the
+    /// target reads as zeroes there, and counts them as copied. Whole clusters; 0: none.
+    ///
+    /// It claims nothing: what the guest writes meanwhile is copied before, or was, and a cluster that
+    /// says it is zeroes now, and is not copied, always was.
+    pub fn skip_zeroes(&self, source: &Node, target: &Node, off: u64) -> std::result::Result<u64, CopyError> {
+        let end = self.len;
+        if off >= end {
+            return Ok(0);
+        }
+        let found = chain::contents(source, off, end - off).map_err(CopyError::Source)?;
+        if !found.zero {
+            return Ok(0);
+        }
+        let there = chain::contents(target, off, found.len).map_err(CopyError::Target)?;
+        if !there.zero {
+            return Ok(0);
+        }
+        let stop = off + there.len.min(found.len);
+        let stop = if stop >= end { end } else { stop & !(self.options.cluster - 1) };
+        if stop <= off {
+            return Ok(0);
+        }
+        self.to_copy.clear(off, stop - off);
+        Ok(stop - off)
+    }
+
+    /// Copies some of `len` bytes at `off`; answers how many.
+    fn copy(
+        &self,
+        source: &Node,
+        target: &Node,
+        (off, len): (u64, u64),
+        scratch: &mut Scratch,
+    ) -> std::result::Result<u64, CopyError> {
+        let found = chain::contents(source, off, len).map_err(CopyError::Source)?;
+        // whole clusters at once, or a compressed one would be written in two pieces
+        let cluster = self.options.cluster;
+        let n = match found.len.min(len) {
+            n if n == len || n.is_multiple_of(cluster) => n,
+            n if n > cluster && found.zero => n - n % cluster,
+            n => n.next_multiple_of(cluster).min(len),
+        };
+        if found.zero && n <= found.len {
+            if !reads_zero(target, off, n).map_err(CopyError::Target)? {
+                target.zero(off, n, Flags::MAY_UNMAP).map_err(CopyError::Target)?;
+            }
+            return Ok(n);
+        }
+        let buf = scratch.take(n as usize);
+        source.read(off, &mut IovMut::from_slice(buf)).map_err(CopyError::Source)?;
+        let flags = if self.options.compress { Flags::COMPRESSED } else { Flags::NONE };
+        target.write(off, &Iov::from_slice(buf), flags).map_err(CopyError::Target)?;
+        Ok(n)
+    }
+}
+
+/// True when `len` bytes at `off` of a target read as zeroes as they are.
+fn reads_zero(target: &Node, off: u64, len: u64) -> io::Result<bool> {
+    let found = chain::contents(target, off, len)?;
+    Ok(found.zero && found.len >= len)
+}
+
+/// See the module's head.
+pub struct CopyBeforeWrite {
+    source: Arc<Edge>,
+    target: Arc<Edge>,
+    copies: Arc<Copies>,
+    name: String,
+}
+
+/// A filter node named `name` that copies to `target` what is written; it is on nothing yet
+/// ([`Graph::insert_filter`](super::graph::Graph::insert_filter)). Of `source`, the disk that it is
+/// meant for, everything is to be copied at first.
+///
+/// # Errors
+/// The bitmap is too large.
+pub fn filter(
+    name: &str,
+    source: &Node,
+    target: &Arc<Node>,
+    options: CopyOptions,
+) -> Result<(Arc<Node>, Arc<Copies>)> {
+    let len = source.len();
+    let bitmap = || -> Result<Arc<Bitmap>> {
+        let bitmap = Bitmap::new(None, options.cluster as u32, len)?;
+        bitmap.set_enabled(false);
+        Ok(bitmap)
+    };
+    let (to_copy, done, whole) = (bitmap()?, bitmap()?, bitmap()?);
+    to_copy.mark(0, len);
+    whole.mark(0, len);
+    let copies = Arc::new(Copies {
+        options,
+        len,
+        to_copy: to_copy.clone(),
+        done: done.clone(),
+        busy: Mutex::new(Vec::new()),
+        freed: Condvar::new(),
+        broken: AtomicBool::new(false),
+    });
+    let driver = CopyBeforeWrite {
+        source: Edge::new("file", None),
+        target: Edge::new("target", Some(target.clone())),
+        copies: copies.clone(),
+        name: name.to_string(),
+    };
+    let node = Node::new(name, Box::new(driver), NodeOptions::default());
+    // As queries of QEMU's filter show them, the newest last.
+    for bitmap in [to_copy, done, whole] {
+        node.insert_bitmap(bitmap)?;
+    }
+    Ok((node, copies))
+}
+
+impl CopyBeforeWrite {
+    /// What is below, and the target.
+    fn nodes(&self) -> io::Result<(Arc<Node>, Arc<Node>)> {
+        Ok((self.source.need()?, self.target.need()?))
+    }
+
+    /// Before `len` bytes at `off` change.
+    fn before(&self, off: u64, len: u64) -> io::Result<()> {
+        let copies = &self.copies;
+        if copies.broken() {
+            return Ok(());
+        }
+        let end = off.saturating_add(len).min(copies.len);
+        // A look without the lock is enough: bits are only cleared, and that after the copy.
+        if off >= end || copies.to_copy.next_dirty(off, end, u64::MAX).is_none() {
+            return Ok(());
+        }
+        let (source, target) = self.nodes()?;
+        let mut scratch = Scratch::default();
+        loop {
+            match copies.copy_next(&source, &target, (off, end), &mut scratch) {
+                Ok(None) => return Ok(()),
+                Ok(Some(range)) => copies.done.mark(range.start, range.end - range.start),
+                Err(e) if copies.options.break_snapshot => {
+                    let e = e.into_io();
+                    log::error!(
+                        "node '{}': the copy of what was there before a write failed: {e}",
+                        self.name
+                    );
+                    copies.broken.store(true, Ordering::SeqCst);
+                    return Ok(());
+                }
+                Err(e) => return Err(e.into_io()),
+            }
+        }
+    }
+}
+
+impl Driver for CopyBeforeWrite {
+    fn name(&self) -> &'static str {
+        "copy-before-write"
+    }
+
+    fn len(&self) -> u64 {
+        self.source.peek(Node::len).unwrap_or(0)
+    }
+
+    fn limits(&self) -> Limits {
+        let below = self.source.peek(Node::limits).unwrap_or_default();
+        Limits { request_alignment: 1, memory_alignment: 1, ..below }
+    }
+
+    fn edges(&self) -> Vec<Arc<Edge>> {
+        vec![self.source.clone(), self.target.clone()]
+    }
+
+    fn filtered(&self) -> Option<Arc<Edge>> {
+        Some(self.source.clone())
+    }
+
+    fn wants(&self, edge: &Edge, above: (Perm, Perm)) -> (Perm, Perm) {
+        if edge.role == "target" {
+            // Its backing file may be the very disk that the guest writes to: that must be allowed.
+            return (Perm::WRITE, !Perm::RESIZE);
+        }
+        // Another writer would go past the filter.
+        (above.0 | Perm::CONSISTENT_READ, above.1 & !(Perm::WRITE | Perm::RESIZE))
+    }
+
+    fn read(&self, off: u64, to: &mut IovMut) -> io::Result<()> {
+        self.source.need()?.read(off, to)
+    }
+
+    fn write(&self, off: u64, from: &Iov, flags: Flags) -> io::Result<()> {
+        self.before(off, from.len() as u64)?;
+        self.source.need()?.write(off, from, flags)
+    }
+
+    fn zero(&self, off: u64, len: u64, flags: Flags) -> io::Result<()> {
+        self.before(off, len)?;
+        self.source.need()?.zero(off, len, flags)
+    }
+
+    fn discard(&self, off: u64, len: u64) -> io::Result<()> {
+        self.before(off, len)?;
+        self.source.need()?.discard(off, len)
+    }
+
+    /// The disk alone: the target is flushed when the copy is complete.
+    fn flush(&self) -> io::Result<()> {
+        self.source.need()?.flush()
+    }
+
+    fn status(&self, off: u64, len: u64) -> io::Result<Extent> {
+        self.source.need()?.status(off, len)
+    }
+
+    fn filename(&self) -> String {
+        self.source.node().map(|n| n.driver.filename()).unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+#[path = "copy_before_write_test.rs"]
+mod tests;

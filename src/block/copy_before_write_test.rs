@@ -1,0 +1,232 @@
+use super::*;
+use crate::block::graph::Graph;
+use crate::block::handle::{Handle, HandleSpec};
+use crate::block::testing::{Mem, MemState, Rng};
+use std::sync::atomic::AtomicUsize;
+
+const CLUSTER: u64 = 4096;
+const LEN: usize = 64 * 4096 + 1024;
+
+struct Setup {
+    graph: Graph,
+    disk: Arc<Node>,
+    target: Arc<Node>,
+    source_state: Arc<MemState>,
+    target_state: Arc<MemState>,
+    guest: Arc<Handle>,
+}
+
+fn setup(fill: &[u8]) -> Setup {
+    let mut graph = Graph::new();
+    let (source, target) = (Mem::new(LEN), Mem::new(LEN));
+    let (source_state, target_state) = (source.state.clone(), target.state.clone());
+    source_state.data.lock().unwrap().copy_from_slice(fill);
+    let disk = Node::new("disk", Box::new(source), NodeOptions::default());
+    let target = Node::new("target", Box::new(target), NodeOptions::default());
+    for node in [&disk, &target] {
+        graph.add(node.clone()).unwrap();
+        graph.own(node);
+    }
+    let guest = graph.attach(Some(disk.clone()), HandleSpec::default()).unwrap();
+    Setup { graph, disk, target, source_state, target_state, guest }
+}
+
+const OPTIONS: CopyOptions = CopyOptions { cluster: CLUSTER, compress: false, break_snapshot: false };
+
+fn job_handle(graph: &mut Graph, filter: &Arc<Node>) -> Arc<Handle> {
+    let spec = HandleSpec { uses: Perm::CONSISTENT_READ, shares: Perm::ALL, ..HandleSpec::default() };
+    graph.attach(Some(filter.clone()), spec).unwrap()
+}
+
+#[test]
+fn the_target_gets_the_disk_as_it_was_under_writing_guests() {
+    let seed = std::env::var("SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(0x5eed_0001);
+    println!("SEED={seed}");
+    let mut rng = Rng(seed);
+    for round in 0..30 {
+        let fill: Vec<u8> = (0..LEN).map(|i| if (i >> 13) & 1 == 0 { rng.draw() as u8 } else { 0 }).collect();
+        let mut s = setup(&fill);
+        let stop = Arc::new(AtomicBool::new(false));
+        let writes = Arc::new(AtomicUsize::new(0));
+        let guests: Vec<_> = (0..3)
+            .map(|t| {
+                let (guest, stop, writes) = (s.guest.clone(), stop.clone(), writes.clone());
+                let mut rng = Rng(seed ^ (round * 7 + t + 1) << 20);
+                std::thread::spawn(move || {
+                    while !stop.load(Ordering::Relaxed) {
+                        let off = rng.below(LEN as u64 - 1);
+                        let n = (1 + rng.below(9000)).min(LEN as u64 - off);
+                        let data = vec![rng.draw() as u8 | 1; n as usize];
+                        match rng.below(4) {
+                            0 => guest.zero(off, n, Flags::NONE).unwrap(),
+                            1 => guest.discard(off, n).unwrap(),
+                            _ => guest.write(off, &Iov::from_slice(&data), Flags::NONE).unwrap(),
+                        }
+                        writes.fetch_add(1, Ordering::Relaxed);
+                    }
+                })
+            })
+            .collect();
+        while writes.load(Ordering::Relaxed) < 10 {
+            std::thread::yield_now();
+        }
+        let (filter, copies) = filter("cbw", &s.disk, &s.target, OPTIONS).unwrap();
+        s.graph.add(filter.clone()).unwrap();
+        let quiesced = s.graph.quiesce(&[&s.disk], &[]);
+        // nobody writes now: this is the disk that the copy is to be
+        let then = s.source_state.data.lock().unwrap().clone();
+        s.graph.edit(&quiesced, |edit| edit.insert_filter(&filter, &s.disk)).unwrap();
+        drop(quiesced);
+        let job = job_handle(&mut s.graph, &filter);
+        let (mut at, mut scratch) = (0, Scratch::default());
+        while at < copies.len() {
+            let done = job.inside(|_| {
+                let skipped = copies.skip_zeroes(&s.disk, &s.target, at).unwrap();
+                if skipped > 0 {
+                    return Ok(Some(at..at + skipped));
+                }
+                Ok(copies.copy_next(&s.disk, &s.target, (at, copies.len()), &mut scratch).unwrap())
+            });
+            match done.unwrap() {
+                Some(range) => at = range.end,
+                None => break,
+            }
+            if rng.below(4) == 0 {
+                std::thread::yield_now();
+            }
+        }
+        assert_eq!(copies.to_copy().count(), 0);
+        stop.store(true, Ordering::Relaxed);
+        guests.into_iter().for_each(|g| g.join().unwrap());
+        let got = s.target_state.data.lock().unwrap().clone();
+        let wrong = (0..LEN).find(|&i| got[i] != then[i]);
+        assert_eq!(wrong, None, "round {round}: the copy differs from the disk as it was");
+        s.graph.detach(&job);
+        s.graph.remove_filter(&filter).unwrap();
+        assert!(Arc::ptr_eq(&s.guest.node().unwrap(), &s.disk));
+    }
+}
+
+#[test]
+fn a_failed_copy_fails_the_write_or_breaks_the_copy() {
+    for break_snapshot in [false, true] {
+        let fill = vec![5; LEN];
+        let mut s = setup(&fill);
+        let (filter, copies) =
+            filter("cbw", &s.disk, &s.target, CopyOptions { break_snapshot, ..OPTIONS }).unwrap();
+        s.graph.insert_filter(&filter, &s.disk).unwrap();
+        s.target_state.fail.store(libc::ENOSPC, Ordering::SeqCst);
+        let done = s.guest.write(100, &Iov::from_slice(&[9; 10]), Flags::NONE);
+        assert_eq!(copies.broken(), break_snapshot);
+        let byte = s.source_state.data.lock().unwrap()[100];
+        if break_snapshot {
+            done.unwrap();
+            assert_eq!(byte, 9);
+        } else {
+            // nothing was written, nothing is lost: with space again the same write works
+            assert_eq!(done.unwrap_err().raw_os_error(), Some(libc::ENOSPC));
+            assert_eq!(byte, 5);
+            s.target_state.fail.store(0, Ordering::SeqCst);
+            s.guest.write(100, &Iov::from_slice(&[9; 10]), Flags::NONE).unwrap();
+            assert_eq!(s.target_state.data.lock().unwrap()[..4096], [5; 4096]);
+            assert_eq!(s.target_state.data.lock().unwrap()[4096], 0);
+        }
+    }
+}
+
+#[test]
+fn only_what_is_to_be_copied_is() {
+    let mut s = setup(&vec![5; LEN]);
+    let (filter, copies) = filter("cbw", &s.disk, &s.target, OPTIONS).unwrap();
+    copies.to_copy().clear_all();
+    copies.to_copy().mark(8192, 1);
+    s.graph.insert_filter(&filter, &s.disk).unwrap();
+    s.guest.write(0, &Iov::from_slice(&[9; 16384]), Flags::NONE).unwrap();
+    let target = s.target_state.data.lock().unwrap().clone();
+    assert!(target[..8192].iter().all(|&b| b == 0));
+    assert!(target[8192..12288].iter().all(|&b| b == 5));
+    assert!(target[12288..].iter().all(|&b| b == 0));
+}
+
+#[test]
+fn a_target_may_stand_on_the_disk_itself() {
+    // An overlay over the disk gets what the disk had: who reads the overlay sees the disk as it was.
+    let mut graph = Graph::new();
+    let source = Mem::new(LEN);
+    let state = source.state.clone();
+    state.data.lock().unwrap().fill(5);
+    let disk = Node::new("disk", Box::new(source), NodeOptions::default());
+    graph.add(disk.clone()).unwrap();
+    graph.own(&disk);
+    let overlay = Node::new("overlay", Box::new(Over::on(&disk)), NodeOptions::default());
+    graph.add(overlay.clone()).unwrap();
+    graph.own(&overlay);
+    let guest = graph.attach(Some(disk.clone()), HandleSpec::default()).unwrap();
+    let (filter, _copies) = filter("cbw", &disk, &overlay, OPTIONS).unwrap();
+    graph.insert_filter(&filter, &disk).unwrap();
+    guest.write(0, &Iov::from_slice(&[9; 100]), Flags::NONE).unwrap();
+    assert_eq!(state.data.lock().unwrap()[0], 9);
+    let mut byte = [0; 1];
+    overlay.read(0, &mut IovMut::from_slice(&mut byte)).unwrap();
+    assert_eq!(byte, [5]);
+    overlay.read(CLUSTER, &mut IovMut::from_slice(&mut byte)).unwrap();
+    assert_eq!(byte, [5]);
+    graph.remove_filter(&filter).unwrap();
+}
+
+/// A simple overlay: whole clusters in memory, the rest from the backing node.
+struct Over {
+    backing: Arc<Edge>,
+    clusters: Mutex<std::collections::HashMap<u64, Vec<u8>>>,
+}
+
+impl Over {
+    fn on(node: &Arc<Node>) -> Over {
+        Over { backing: Edge::new("backing", Some(node.clone())), clusters: Mutex::default() }
+    }
+}
+
+impl Driver for Over {
+    fn name(&self) -> &'static str {
+        "over"
+    }
+    fn len(&self) -> u64 {
+        LEN as u64
+    }
+    fn edges(&self) -> Vec<Arc<Edge>> {
+        vec![self.backing.clone()]
+    }
+    fn wants(&self, _: &Edge, above: (Perm, Perm)) -> (Perm, Perm) {
+        crate::block::perm::for_backing(above)
+    }
+    fn read(&self, off: u64, to: &mut IovMut) -> io::Result<()> {
+        let mut all = vec![0; to.len()];
+        self.backing.need()?.read(off, &mut IovMut::from_slice(&mut all))?;
+        let clusters = self.clusters.lock().unwrap();
+        for (i, byte) in all.iter_mut().enumerate() {
+            let at = off + i as u64;
+            if let Some(c) = clusters.get(&(at / CLUSTER)) {
+                *byte = c[(at % CLUSTER) as usize];
+            }
+        }
+        to.copy_from(0, &all);
+        Ok(())
+    }
+    fn write(&self, off: u64, from: &Iov, _: Flags) -> io::Result<()> {
+        assert_eq!(off % CLUSTER, 0);
+        for (i, part) in from.to_vec().chunks(CLUSTER as usize).enumerate() {
+            self.clusters.lock().unwrap().insert(off / CLUSTER + i as u64, part.to_vec());
+        }
+        Ok(())
+    }
+    fn flush(&self) -> io::Result<()> {
+        Ok(())
+    }
+    fn status(&self, off: u64, len: u64) -> io::Result<Extent> {
+        let kind = match self.clusters.lock().unwrap().contains_key(&(off / CLUSTER)) {
+            true => crate::block::driver::ExtentKind::Data,
+            false => crate::block::driver::ExtentKind::Unallocated,
+        };
+        Ok(Extent { kind, len: len.min(CLUSTER - off % CLUSTER), host_offset: None })
+    }
+}
