@@ -104,6 +104,10 @@ pub enum Kind {
     Netdev,
     /// `[[fdset]]`: `-add-fd`
     Fdset,
+    /// `[nbd-server]`: `nbd-server-start`
+    NbdServer,
+    /// `[[export]]`: `block-export-add`
+    Export,
 }
 
 impl Kind {
@@ -116,6 +120,8 @@ impl Kind {
             Kind::Device => "[[device]]",
             Kind::Netdev => "[[netdev]]",
             Kind::Fdset => "[[fdset]]",
+            Kind::NbdServer => "[nbd-server]",
+            Kind::Export => "[[export]]",
         }
     }
 }
@@ -278,7 +284,10 @@ fn read_text(file: &Path) -> Result<String, String> {
 /// Every member that has a name which must be unique: its table's kind, the name, and its place.
 pub(crate) fn names(top: &Top) -> Vec<(&'static str, String, Place)> {
     let mut all = Vec::new();
-    collect(&top.item, "node-name", "node-name", &mut all);
+    // An export names a node that is there.
+    if top.key != "export" {
+        collect(&top.item, "node-name", "node-name", &mut all);
+    }
     if top.key == "qmp"
         && let Node::Table(members) = &top.item.node
     {
@@ -293,6 +302,7 @@ pub(crate) fn names(top: &Top) -> Vec<(&'static str, String, Place)> {
         "drive" => "drive id",
         "device" => "device id",
         "netdev" => "netdev id",
+        "export" => "export id",
         _ => return all,
     };
     if let Node::Table(members) = &top.item.node

@@ -16,10 +16,10 @@ use std::path::{Path, PathBuf};
 
 /// The names of arrays of tables.
 pub(crate) const ARRAYS: &[&str] =
-    &["qmp", "serial", "object", "blockdev", "drive", "device", "netdev", "fdset"];
+    &["qmp", "serial", "object", "blockdev", "drive", "device", "netdev", "fdset", "export"];
 
 /// The names of tables.
-const TABLES: &[&str] = &["machine", "boot"];
+const TABLES: &[&str] = &["machine", "boot", "nbd-server"];
 
 /// Reads the tables, in the order of the file.
 pub(crate) fn read(tops: Vec<Top>, dir: &Path, sources: &Sources) -> Result<Parts, Fault> {
@@ -59,6 +59,8 @@ pub(crate) fn read(tops: Vec<Top>, dir: &Path, sources: &Sources) -> Result<Part
             "drive" => parts.tables.push(table(Kind::Drive, t.item, dir)),
             "device" => parts.tables.push(table(Kind::Device, t.item, dir)),
             "netdev" => parts.tables.push(table(Kind::Netdev, t.item, dir)),
+            "nbd-server" => parts.tables.push(table(Kind::NbdServer, t.item, dir)),
+            "export" => parts.tables.push(table(Kind::Export, t.item, dir)),
             _ => parts.tables.push(table(Kind::Fdset, t.item, dir)),
         }
     }
@@ -102,7 +104,8 @@ fn table(kind: Kind, item: Item, dir: &Path) -> Table {
                 *s = relative_to(dir, s);
             }
         }
-        Kind::Device | Kind::Netdev | Kind::Fdset => {}
+        Kind::NbdServer => resolve(&mut arguments, "path", dir),
+        Kind::Device | Kind::Netdev | Kind::Fdset | Kind::Export => {}
     }
     Table { kind, arguments, item }
 }

@@ -56,6 +56,8 @@ pub enum Event {
     ConsoleQuit,
     /// The thread of the block job with this serial number has something to say.
     Job(u64),
+    /// The last client of an export that is being closed has gone.
+    ExportIdle,
     /// Call the control loop: something it watches has changed (no other meaning).
     Wake,
 }

@@ -11,7 +11,7 @@
 //! control/    the one owner: Vm, event loop, run state
 //! virtio/     transport, worker loop, devices
 //! jobs/       block jobs
-//! qcow2/      devices/    pci/
+//! qcow2/      nbd/        devices/    pci/
 //! block/      net/        chardev/    machine/
 //! qapi/       sys/        error.rs    event.rs
 //! ```
@@ -34,6 +34,7 @@ pub mod error;
 pub mod event;
 pub mod jobs;
 pub mod machine;
+pub mod nbd;
 pub mod net;
 pub mod pci;
 pub mod qapi;

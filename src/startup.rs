@@ -13,6 +13,7 @@ use crate::control::event_loop::{self, Source, TERMINATION};
 use crate::control::vm::Vm;
 use crate::error::{Error, Result, strerror};
 use crate::machine::{Accel, BootConfig, Machine, MachineConfig};
+use crate::nbd::options::NbdServerOptions;
 use crate::net::netdev::{Netdev, NetdevOptions, Offload};
 use crate::qapi::{Path, Wire};
 use crate::qmp::fds::Conn;
@@ -88,6 +89,7 @@ fn build(config: &Config, check: bool) -> Result<Built, Fault> {
     let board = Board::new(&mut machine).map_err(plain)?;
     (vm.machine, vm.board) = (Some(machine), Some(board));
 
+    vm.exports.expected = config.tables.iter().any(|t| t.kind == Kind::NbdServer);
     for table in &config.tables {
         add(&mut vm, &inherited, table, check).map_err(|e| table.fault(&e.desc))?;
     }
@@ -119,9 +121,11 @@ fn claim(config: &Config) -> Result<Inherited, Fault> {
         let fd = match table.kind {
             Kind::Fdset => fdset(table),
             Kind::Netdev => netdev(table),
+            Kind::NbdServer => nbd_fd(table),
             _ => None,
         };
-        named.extend(fd.map(|fd: i32| (fd, table.item.place_of("fd"), table.kind.header())));
+        let member = if table.kind == Kind::NbdServer { "addr" } else { "fd" };
+        named.extend(fd.map(|fd: i32| (fd, table.item.place_of(member), table.kind.header())));
     }
     for qmp in &config.qmp {
         if let QmpEnd::Fd(fd) = qmp.end {
@@ -167,12 +171,36 @@ fn add(vm: &mut Vm, inherited: &Inherited, table: &Table, check: bool) -> Result
                 Err(_) => Err(Error::new(format!("Parameter 'fd' expects a number, not '{name}'"))),
             })
         }
+        Kind::Export => {
+            let mut conn = Conn::new();
+            schema::execute(&mut Cx { vm, conn: &mut conn }, "block-export-add", args).map(drop)
+        }
+        // To listen is to make it: that comes last. What it is made of is looked at now.
+        Kind::NbdServer => NbdServerOptions::take(Value::Object(args), &Path::Root).map(drop),
         Kind::Fdset => {
             let options = AddFd::take(Value::Object(args), &Path::Root)?;
             let fd = inherited.get(options.fd)?;
             vm.fds.add(fd, Some(options.set), options.opaque).map(drop)
         }
     }
+}
+
+/// The number of the listening socket that `[nbd-server]` names.
+fn nbd_fd(table: &Table) -> Option<i32> {
+    let addr = table.arguments.get("addr")?;
+    let fd = addr.get("type")?.as_str()? == "fd";
+    fd.then(|| addr.get("data")?.get("str")?.as_str()?.parse().ok()).flatten()
+}
+
+/// `[nbd-server]`: from here on clients are served.
+fn serve(vm: &mut Vm, inherited: &Inherited, table: &Table) -> Result<()> {
+    let mut conn = Conn::new();
+    if let Some(n) = nbd_fd(table) {
+        // As if a client had passed it, under its number.
+        conn.name_fd(n.to_string(), inherited.get(n)?);
+    }
+    let args = table.arguments.clone();
+    schema::execute(&mut Cx { vm, conn: &mut conn }, "nbd-server-start", args).map(drop)
 }
 
 wire_struct! {
@@ -225,6 +253,9 @@ fn open_ends(config: &Config, built: &mut Built) -> Result<Vec<Box<dyn Source>>,
             QmpEnd::Stdio => ("'stdio'".to_string(), server.stdio(pretty)),
         };
         result.map_err(|e| Fault::new(&qmp.at, format!("[[qmp]] {name}: {}", strerror(&e))))?;
+    }
+    for table in config.tables.iter().filter(|t| t.kind == Kind::NbdServer) {
+        serve(vm, inherited, table).map_err(|e| table.fault(&e.desc))?;
     }
     for (n, serial) in config.serial.iter().enumerate() {
         let label = format!("serial{n}");

@@ -11,7 +11,7 @@ const FLOORS: &[&[&str]] = &[
     &["sys"],
     &["event"],
     &["block", "net", "chardev", "machine"],
-    &["qcow2", "devices", "pci"],
+    &["qcow2", "nbd", "devices", "pci"],
     &["jobs"],
     &["virtio"],
     &["control"],

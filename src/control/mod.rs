@@ -4,6 +4,7 @@ pub mod board;
 pub mod devices;
 pub mod drive_options;
 pub mod event_loop;
+pub mod exports;
 pub mod formats;
 mod jobs;
 pub mod new_image;

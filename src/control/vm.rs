@@ -5,6 +5,7 @@
 
 use super::board::Board;
 use super::devices::Devices;
+use super::exports::Exports;
 use super::objects::Objects;
 use super::qemu_io::QemuIo;
 use super::state::RunState;
@@ -165,6 +166,8 @@ pub struct Vm {
     pub objects: Objects,
     /// The default CPU of the human commands (`cpu`).
     pub current_cpu: i64,
+    /// What is exported over NBD, and the server.
+    pub exports: Exports,
     /// The human command `qemu-io`.
     pub qemu_io: QemuIo,
     /// There is a monitor: somebody who can deal with a VM that has stopped.
@@ -196,6 +199,7 @@ impl Vm {
             netdevs: Netdevs::default(),
             objects: Objects::default(),
             current_cpu: 0,
+            exports: Exports::default(),
             qemu_io: QemuIo::default(),
             attended: false,
             exit: None,
@@ -320,6 +324,7 @@ impl Vm {
             board.stop();
         }
         self.end_jobs();
+        self.close_exports();
         let flushed = self.graph.flush_all();
         self.drives.clear();
         self.graph.close_all();
@@ -412,6 +417,7 @@ impl Vm {
             Event::VcpuFailed { cpu, why } => self.broken(&format!("CPU {cpu} cannot go on: {why}")),
             Event::DebugExit { status } => self.quit(Cause::GuestShutdown, status),
             Event::ConsoleQuit => self.quit(Cause::HostUi, 0),
+            Event::ExportIdle => self.reap_exports(),
             Event::Wake => {}
         }
     }

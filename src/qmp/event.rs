@@ -150,6 +150,12 @@ events! {
         fatal: bool,
     };
 
+    /// An export is gone: nothing uses its node any more on its behalf.
+    "BLOCK_EXPORT_DELETED" {
+        /// Its id.
+        id: String,
+    };
+
     /// A write went beyond a node's write threshold, which is off now.
     "BLOCK_WRITE_THRESHOLD" {
         /// The node.

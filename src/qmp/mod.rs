@@ -17,6 +17,7 @@ mod cmd_fd;
 mod cmd_hmp;
 mod cmd_job;
 mod cmd_machine;
+mod cmd_nbd;
 mod cmd_object;
 mod cmd_oob;
 mod cmd_query_block;
@@ -41,4 +42,5 @@ static TABLES: &[&[schema::Command]] = &[
     cmd_object::OBJECT,
     cmd_job::JOB,
     cmd_create::CREATE,
+    cmd_nbd::NBD,
 ];

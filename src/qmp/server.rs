@@ -13,15 +13,14 @@ use super::schema::Cx;
 use crate::control::event_loop::Source;
 use crate::control::vm::Vm;
 use crate::sys::fdio::Output;
+use crate::sys::listen::{self, SocketFile};
 use crate::sys::poll::{PollSet, Token};
 use crate::sys::unix;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// Requests of one turn; then the rest of the VM has its turn.
@@ -67,11 +66,8 @@ impl Server {
     /// Listens on a Unix socket at `path`, which must not exist; the file of a socket on which
     /// nobody listens any more is replaced.
     pub fn listen(&mut self, path: &Path, pretty: bool) -> io::Result<()> {
-        remove_stale(path)?;
-        let listener = UnixListener::bind(path)?;
-        listener.set_nonblocking(true)?;
-        let file = SocketFile::new(path)?;
-        self.add_listener(listener.into(), Some(file), pretty);
+        let (listener, file) = listen::on_path(path)?;
+        self.add_listener(listener, Some(file), pretty);
         Ok(())
     }
 
@@ -266,48 +262,6 @@ impl Monitor {
                 log::warn!("QMP: cannot accept a client: {e}");
                 listener.not_before = Some(Instant::now() + PATIENCE);
             }
-        }
-    }
-}
-
-/// Removes the file of a Unix socket on which nobody listens. What is no socket, or is in use, is
-/// left and is an error.
-fn remove_stale(path: &Path) -> io::Result<()> {
-    match fs::symlink_metadata(path) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(e) => return Err(e),
-        Ok(meta) if !meta.file_type().is_socket() => {
-            return Err(io::Error::new(io::ErrorKind::AlreadyExists, "it exists and is not a socket"));
-        }
-        Ok(_) => {}
-    }
-    match unix::connect(path) {
-        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
-        // WouldBlock: so many clients wait there that it takes no more.
-        Err(e) if e.kind() != io::ErrorKind::WouldBlock => Err(e),
-        _ => Err(io::Error::new(io::ErrorKind::AddrInUse, "someone listens on it already")),
-    }
-}
-
-/// The file of a socket that we listen on: removed with the listener, unless it has been replaced.
-struct SocketFile {
-    path: PathBuf,
-    id: (u64, u64),
-}
-
-impl SocketFile {
-    fn new(path: &Path) -> io::Result<SocketFile> {
-        let meta = fs::symlink_metadata(path)?;
-        Ok(SocketFile { path: path.to_path_buf(), id: (meta.dev(), meta.ino()) })
-    }
-}
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        if fs::symlink_metadata(&self.path).is_ok_and(|meta| (meta.dev(), meta.ino()) == self.id) {
-            // It may have gone meanwhile; there is nobody to tell.
-            let _ = fs::remove_file(&self.path);
         }
     }
 }

@@ -3,9 +3,10 @@ use crate::control::state::RunState;
 use crate::control::vm::{Cause, Settings};
 use crate::qmp::client::HIGH_WATER;
 use serde_json::{Value, json};
+use std::fs;
 use std::io::{Read, Write};
 use std::os::fd::BorrowedFd;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 
 /// A server with a VM, driven by hand.
 struct Rig {

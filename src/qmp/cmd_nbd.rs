@@ -1,0 +1,175 @@
+//! Exports over NBD: `nbd-server-start`, `block-export-add` and the others.
+//!
+//! Owns: their form, and making the listening socket. Never: exports' rules (`control/exports.rs`).
+//! Threads: control. Locks: none.
+
+use super::cmd_blockdev::find_node;
+use super::schema::Cx;
+use crate::control::exports::NbdExport;
+use crate::error::{Error, Result, strerror};
+use crate::nbd::listener::Setup;
+use crate::nbd::options::*;
+use crate::sys::{listen, unix};
+use crate::{bail, commands, wire_struct};
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::time::Duration;
+
+wire_struct! {
+    /// An export, as `query-block-exports` shows it.
+    pub struct BlockExportInfo {
+        /// Its name for QMP.
+        id: String,
+        /// Its protocol.
+        "type" kind: String,
+        /// What is exported.
+        "node-name" node_name: String,
+        /// It is being removed, and waits for its clients' requests to end.
+        "shutting-down" shutting_down: bool,
+    }
+}
+
+commands! {
+    /// Exports over NBD.
+    pub static NBD;
+
+    /// Starts the NBD server, of which there is one. Without TLS: `tls-creds` is refused.
+    "nbd-server-start" => nbd_server_start(NbdServerOptions) -> ();
+
+    /// Exports a node, or a drive, under its own name. (`block-export-add` is the newer way.)
+    "nbd-server-add" => nbd_server_add {
+        /// The name for clients and for QMP; `device` by default.
+        name: Option<String>,
+        /// What clients show to people.
+        description: Option<String>,
+        /// The node or drive.
+        device: String,
+        /// Clients may write, if the node is writable.
+        writable: Option<bool>,
+    } -> ();
+
+    /// Removes an export.
+    "nbd-server-remove" => nbd_server_remove {
+        /// Its name.
+        name: String,
+        /// What becomes of its clients (default: `safe`).
+        mode: Option<BlockExportRemoveMode>,
+    } -> ();
+
+    /// Stops the NBD server and removes all exports.
+    "nbd-server-stop" => nbd_server_stop {} -> ();
+
+    /// Exports a node.
+    "block-export-add" => block_export_add(BlockExportOptions) -> ();
+
+    /// Removes an export. `BLOCK_EXPORT_DELETED` tells when it is gone.
+    "block-export-del" => block_export_del {
+        /// Its name for QMP.
+        id: String,
+        /// What becomes of its clients (default: `safe`).
+        mode: Option<BlockExportRemoveMode>,
+    } -> ();
+
+    /// Lists the exports.
+    "query-block-exports" => query_block_exports {} -> Vec<BlockExportInfo>;
+}
+
+fn nbd_server_start(cx: &mut Cx, o: NbdServerOptions) -> Result<()> {
+    let Cx { vm, conn } = cx;
+    vm.start_nbd(|_| {
+        if let Some(id) = o.tls_creds {
+            bail!("No TLS credentials with id '{id}'");
+        }
+        if o.tls_authz.is_some() {
+            bail!("TLS authorization needs TLS, which this server does not have");
+        }
+        let (socket, file) = match o.addr.kind {
+            SocketAddressLegacyType::Inet(a) => (a.data.listen()?, None),
+            SocketAddressLegacyType::Unix(a) => {
+                let failed =
+                    |e| Error::new(format!("Failed to bind socket to {}: {}", a.data.path, strerror(&e)));
+                let (socket, file) = listen::on_path(Path::new(&a.data.path)).map_err(failed)?;
+                (socket, Some(file))
+            }
+            SocketAddressLegacyType::Fd(a) => {
+                let fd = conn.take_named(&a.data.str)?;
+                if unix::kind(fd.as_fd()) != unix::Kind::Listener {
+                    bail!("File descriptor '{}' is not a listening socket", a.data.str);
+                }
+                unix::set_nonblocking(fd.as_fd(), true)?;
+                (fd, None)
+            }
+        };
+        let handshake = Some(o.handshake.unwrap_or(10)).filter(|&s| s != 0);
+        Ok(Setup {
+            socket,
+            file,
+            max_connections: o.max_connections.unwrap_or(100) as usize,
+            handshake: handshake.map(|s| Duration::from_secs(s.into())),
+        })
+    })
+}
+
+fn nbd_server_add(
+    cx: &mut Cx,
+    name: Option<String>,
+    description: Option<String>,
+    device: String,
+    writable: Option<bool>,
+) -> Result<()> {
+    let node = find_node(cx, Some(&device), Some(&device))?;
+    let id = name.unwrap_or(device);
+    // This command has always made a read-only export of a read-only node.
+    let writable = writable.unwrap_or(false) && !node.read_only();
+    cx.vm.add_export(NbdExport {
+        name: Some(id.clone()),
+        id,
+        node,
+        description,
+        writable,
+        writethrough: false,
+        allocation_depth: false,
+    })
+}
+
+fn block_export_add(cx: &mut Cx, o: BlockExportOptions) -> Result<()> {
+    let BlockExportType::Nbd(nbd) = o.kind;
+    // Before the node is looked for, as in QEMU; the rest is looked at after it.
+    cx.vm.check_export_id(&o.id)?;
+    let node = find_node(cx, None, Some(&o.node_name))?;
+    cx.vm.add_export(NbdExport {
+        id: o.id,
+        node,
+        name: nbd.name,
+        description: nbd.description,
+        writable: o.writable.unwrap_or(false),
+        writethrough: o.writethrough.unwrap_or(false),
+        allocation_depth: nbd.allocation_depth.unwrap_or(false),
+    })
+}
+
+fn nbd_server_remove(cx: &mut Cx, name: String, mode: Option<BlockExportRemoveMode>) -> Result<()> {
+    block_export_del(cx, name, mode)
+}
+
+fn nbd_server_stop(cx: &mut Cx) -> Result<()> {
+    cx.vm.stop_nbd()
+}
+
+fn block_export_del(cx: &mut Cx, id: String, mode: Option<BlockExportRemoveMode>) -> Result<()> {
+    cx.vm.remove_export(&id, mode.unwrap_or_default() == BlockExportRemoveMode::Hard)
+}
+
+fn query_block_exports(cx: &mut Cx) -> Result<Vec<BlockExportInfo>> {
+    let show = |e: std::sync::Arc<crate::nbd::export::Export>| BlockExportInfo {
+        id: e.id.clone(),
+        kind: "nbd".into(),
+        node_name: e.handle.node().map(|n| n.name.clone()).unwrap_or_default(),
+        shutting_down: e.is_closing(),
+    };
+    Ok(cx.vm.exports.list().into_iter().map(show).collect())
+}
+
+#[cfg(test)]
+#[path = "cmd_nbd_test.rs"]
+mod tests;
