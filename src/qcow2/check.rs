@@ -34,17 +34,51 @@ impl Report {
     }
 }
 
+/// What a cluster is used for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Use {
+    /// Something that nothing else refers to.
+    Once = 0,
+    /// An L2 table: snapshots share it.
+    L2 = 1,
+    /// Guest data, compressed or not: snapshots and other compressed clusters share it.
+    Data = 2,
+}
+
+/// A use and how often that is referred to, in one word: there are many.
+#[derive(Clone, Copy)]
+struct Uses(u64);
+
+impl Uses {
+    fn new(to: Use) -> Uses {
+        Uses((to as u64) << 62)
+    }
+
+    fn is(self, to: Use) -> bool {
+        self.0 >> 62 == to as u64
+    }
+
+    fn count(self) -> u64 {
+        self.0 & ((1 << 62) - 1)
+    }
+}
+
 struct Walk<'a> {
     meta: &'a mut Meta,
     file: &'a Node,
     /// What the refcounts ought to be.
-    counts: HashMap<u64, u64, ByOffset>,
+    counts: HashMap<u64, Uses, ByOffset>,
     report: Report,
 }
 
 impl Walk<'_> {
-    /// Counts a reference to `len` bytes at `offset`.
+    /// Counts the only reference to `len` bytes at `offset`.
     fn count(&mut self, what: &str, offset: u64, len: u64) {
+        self.count_as(Use::Once, what, offset, len);
+    }
+
+    /// Counts a reference to `len` bytes at `offset`.
+    fn count_as(&mut self, to: Use, what: &str, offset: u64, len: u64) {
         if len == 0 {
             return;
         }
@@ -55,7 +89,12 @@ impl Walk<'_> {
             self.report.error(format!("{what} at {offset:#x} lies beyond the end of the file"));
         }
         for k in self.meta.geo.clusters(offset, len) {
-            *self.counts.entry(k).or_default() += 1;
+            let uses = self.counts.entry(k).or_insert(Uses::new(to));
+            uses.0 += 1;
+            // Refcounts could be set to agree, but a write to the one would destroy the other.
+            if !uses.is(to) || to == Use::Once && uses.count() > 1 {
+                self.report.error(format!("{what} at {offset:#x} lies where something else is"));
+            }
         }
     }
 
@@ -94,7 +133,7 @@ impl Walk<'_> {
                 self.report.error(format!("L2 table at {table:#x} is not aligned"));
                 continue;
             }
-            self.count("L2 table", table, geo.cluster_size());
+            self.count_as(Use::L2, "L2 table", table, geo.cluster_size());
             if !seen.insert(table) {
                 self.report.error(format!("L2 table at {table:#x} is used twice"));
                 continue;
@@ -109,9 +148,9 @@ impl Walk<'_> {
                         Err(why) => self.report.error(format!("{why} (entry {word:#x})")),
                         Ok(e) => {
                             if let Some((offset, len)) = e.compressed {
-                                self.count("compressed cluster", offset, len);
+                                self.count_as(Use::Data, "compressed cluster", offset, len);
                             } else if let Some(host) = e.host.filter(|_| !geo.external) {
-                                self.count("data cluster", host, geo.cluster_size());
+                                self.count_as(Use::Data, "data cluster", host, geo.cluster_size());
                             }
                         }
                     }
@@ -129,7 +168,7 @@ impl Walk<'_> {
         let table = first..first + u64::from(h.reftable_clusters);
         let blocks = self.meta.reftable.entries.iter().map(|e| e & REFTABLE_MASK).filter(|b| *b != 0);
         for k in table.chain(blocks.map(|b| geo.cluster(b))) {
-            self.counts.entry(k).or_insert(1);
+            self.counts.entry(k).or_insert(Uses(1));
         }
     }
 
@@ -169,7 +208,7 @@ impl Walk<'_> {
         clusters.sort_unstable();
         for k in &clusters {
             let have = self.meta.refcount(self.file, *k)?;
-            f(self.meta, self.file, *k, have, self.counts[k])?;
+            f(self.meta, self.file, *k, have, self.counts[k].count())?;
         }
         let bits = self.meta.geo.block_bits();
         for i in 0..self.meta.reftable.entries.len() as u64 {

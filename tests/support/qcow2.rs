@@ -58,6 +58,8 @@ pub struct Disk {
     pub writes: AtomicU64,
     /// The n-th change from now fails with EIO, and all after it (0: none does).
     pub fail_after: AtomicU64,
+    /// Only that one fails.
+    pub fail_once: AtomicBool,
     /// Requests take a random time, so that threads meet everywhere (microseconds at most).
     pub jitter: AtomicU64,
     /// While true, writes that begin with [`HELD`] wait (and say so in `held`) before anything of
@@ -105,7 +107,12 @@ impl Disk {
     fn note(&self, op: impl FnOnce() -> Op) -> io::Result<()> {
         match self.fail_after.load(Ordering::SeqCst) {
             0 => {}
-            1 => return Err(io::Error::from_raw_os_error(libc::EIO)),
+            1 => {
+                if self.fail_once.swap(false, Ordering::SeqCst) {
+                    self.fail_after.store(0, Ordering::SeqCst);
+                }
+                return Err(io::Error::from_raw_os_error(libc::EIO));
+            }
             _ => {
                 self.fail_after.fetch_sub(1, Ordering::SeqCst);
             }
