@@ -282,6 +282,13 @@ pub trait Driver: Send + Sync {
         pass(self, |n| n.discard(off, len))
     }
 
+    /// Makes `len` bytes at `off` independent of the backing file: what is not allocated there gets
+    /// what reading gives. Writers may come at any time. `zero`: the backing file is known to read as
+    /// zeroes there, and does not change. ENOTSUP: there is no backing file.
+    fn populate(&self, off: u64, len: u64, zero: bool) -> io::Result<()> {
+        pass(self, |n| n.populate(off, len, zero))
+    }
+
     /// Every write that returned before this call is on stable storage when this returns.
     fn flush(&self) -> io::Result<()>;
 
@@ -354,6 +361,15 @@ pub trait Driver: Send + Sync {
     /// is below stays too. ENOTSUP: this format has no such name.
     fn set_backing_name(&self, name: &str) -> io::Result<()> {
         let _ = name;
+        Err(io::Error::from_raw_os_error(libc::ENOTSUP))
+    }
+
+    /// Records another backing file, name and format, in the image, or none; the node that is below
+    /// stays. What was written before is on stable storage first, so that the image is good with the
+    /// old name and with the new one. Not during another call of this one or of
+    /// [`Driver::set_backing_name`]. ENOTSUP: this format has no such name.
+    fn set_backing(&self, backing: Option<(&str, &str)>) -> io::Result<()> {
+        let _ = backing;
         Err(io::Error::from_raw_os_error(libc::ENOTSUP))
     }
 

@@ -451,6 +451,18 @@ impl Node {
         }
     }
 
+    /// Makes `len` bytes at `off` independent of the backing file ([`Driver::populate`]). No write:
+    /// dirty bitmaps are not marked.
+    pub fn populate(&self, off: u64, len: u64, zero: bool) -> io::Result<()> {
+        self.check_change(off, len)?;
+        if len == 0 {
+            return Ok(());
+        }
+        let done = self.driver.populate(off, len, zero);
+        self.changes.fetch_add(1, Ordering::SeqCst);
+        done
+    }
+
     /// Every write that returned before this call is on stable storage when this returns, unless
     /// the node is opened with `cache.no-flush`.
     pub fn flush(&self) -> io::Result<()> {

@@ -44,10 +44,39 @@ fn place(first: &[u8], header: &Header, old: usize, old_len: usize, len: usize) 
     })
 }
 
+/// The header extension that has the backing file's format.
+const FORMAT: u32 = 0xe279_2aca;
+
+/// Puts the format of `header` in the place of the one in `first`, if all of that lies in the sector
+/// that is written anyway.
+fn patch_format(first: &mut [u8], header: &Header) -> bool {
+    let Some(new) = header.backing_format.as_deref().map(str::as_bytes) else { return false };
+    let mut at = header.length();
+    while let (Some(kind), Some(size)) = (be32(first, at), be32(first, at + 4)) {
+        let room = (size as usize).next_multiple_of(8);
+        let (from, next) = (at + 8, at + 8 + room);
+        if kind == 0 || next > SECTOR || next > first.len() {
+            return false;
+        }
+        if kind == FORMAT {
+            // The next extension stays where it is.
+            if new.len().next_multiple_of(8) != room {
+                return false;
+            }
+            first[at + 4..at + 8].copy_from_slice(&(new.len() as u32).to_be_bytes());
+            first[from..next].fill(0);
+            first[from..from + new.len()].copy_from_slice(new);
+            return true;
+        }
+        at = next;
+    }
+    false
+}
+
 impl Qcow2 {
-    /// Records `name`. The format stays. EINVAL: a name that is empty or too long, or an image
-    /// that has none.
-    pub(super) fn rename_backing(&self, name: &str) -> io::Result<()> {
+    /// Records `name`, and another format if there is one. EINVAL: a name that is empty or too long, or
+    /// an image that has none.
+    pub(super) fn rename_backing(&self, name: &str, format: Option<&str>) -> io::Result<()> {
         let invalid = || io::Error::from_raw_os_error(libc::EINVAL);
         if name.is_empty() || name.len() > MAX_NAME {
             return Err(invalid());
@@ -66,7 +95,16 @@ impl Qcow2 {
         let old_len = be32(&first, 16).ok_or_else(invalid)? as usize;
         let old = usize::try_from(old).map_err(|_| invalid())?;
         header.backing_file = Some(name.to_string());
-        match place(&first, &header, old, old_len, name.len()) {
+        let keeps = format.is_none_or(|f| header.backing_format.as_deref() == Some(f));
+        if let Some(format) = format {
+            header.backing_format = Some(format.to_string());
+        }
+        let spot = if keeps || patch_format(&mut first, &header) {
+            place(&first, &header, old, old_len, name.len())
+        } else {
+            None
+        };
+        match spot {
             Some(at) => {
                 if first.len() < at + name.len() {
                     first.resize(at + name.len(), 0);
@@ -90,6 +128,28 @@ impl Qcow2 {
             let mut meta = self.lock();
             meta.sector = first[..SECTOR].to_vec();
             meta.header.backing_file = Some(name.to_string());
+            meta.header.backing_format = header.backing_format;
+        }
+        file.flush()
+    }
+
+    /// Records that there is no backing file. The extension with its format stays in the header, where
+    /// it means nothing: the first sector alone changes.
+    pub(super) fn forget_backing(&self) -> io::Result<()> {
+        let _alone = self.exclusive();
+        self.drain()?;
+        let file = self.file()?;
+        let mut first = first_cluster(&file)?;
+        if first.len() < SECTOR {
+            first.resize(SECTOR, 0);
+        }
+        first[8..20].fill(0);
+        write_all(&file, 0, &first[..SECTOR])?;
+        {
+            let mut meta = self.lock();
+            meta.sector = first[..SECTOR].to_vec();
+            meta.header.backing_file = None;
+            meta.header.backing_format = None;
         }
         file.flush()
     }

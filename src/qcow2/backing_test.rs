@@ -40,7 +40,7 @@ fn each_name_is_found_again_and_nothing_else_changes() {
         let (image, state) = image(&options(cluster_size, version));
         let before = on_disk(&state);
         for name in ["b", "/some/where/else.qcow2", &"x".repeat(700), "c", &"y".repeat(699), "json:{}"] {
-            image.rename_backing(name).unwrap();
+            image.rename_backing(name, None).unwrap();
             let now = on_disk(&state);
             assert_eq!(now.backing_file.as_deref(), Some(name), "{cluster_size} v{version}");
             assert_eq!(now, Header { backing_file: now.backing_file.clone(), ..before.clone() });
@@ -56,7 +56,7 @@ fn a_crash_leaves_the_old_name_or_the_new_one() {
     for (n, name) in ["/b", &"long".repeat(100), "short", "/a/somewhat/longer"].into_iter().enumerate() {
         let before = state.data.lock().unwrap().clone();
         let old = on_disk(&state);
-        image.rename_backing(name).unwrap();
+        image.rename_backing(name, None).unwrap();
         let mut torn = state.data.lock().unwrap().clone();
         torn[..512].copy_from_slice(&before[..512]);
         assert_eq!(Header::parse(&torn).unwrap(), old, "step {n}");
@@ -69,11 +69,11 @@ fn names_that_cannot_be_recorded() {
     let (without, _) =
         image(&CreateOptions { backing_file: None, backing_format: None, ..options(65536, 3) });
     for (image, name) in [(&with, ""), (&with, &"x".repeat(1024)), (&without, "b")] {
-        let e = image.rename_backing(name).unwrap_err();
+        let e = image.rename_backing(name, None).unwrap_err();
         assert_eq!(e.raw_os_error(), Some(libc::EINVAL));
     }
     let (small, state) = image(&options(512, 2));
     let before = on_disk(&state);
-    assert!(small.rename_backing(&"x".repeat(600)).is_err(), "it does not fit into the cluster");
+    assert!(small.rename_backing(&"x".repeat(600), None).is_err(), "it does not fit into the cluster");
     assert_eq!(on_disk(&state), before);
 }

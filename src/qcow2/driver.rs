@@ -162,6 +162,11 @@ impl Driver for Qcow2 {
         self.discard_at(off, len)
     }
 
+    fn populate(&self, off: u64, len: u64, zero: bool) -> io::Result<()> {
+        self.must_be_writable()?;
+        self.populate_at(off, len, zero)
+    }
+
     fn filename(&self) -> String {
         self.file.node().map(|n| n.driver.filename()).unwrap_or_default()
     }
@@ -262,7 +267,15 @@ impl Driver for Qcow2 {
 
     fn set_backing_name(&self, name: &str) -> io::Result<()> {
         self.must_be_writable()?;
-        self.rename_backing(name)
+        self.rename_backing(name, None)
+    }
+
+    fn set_backing(&self, backing: Option<(&str, &str)>) -> io::Result<()> {
+        self.must_be_writable()?;
+        match backing {
+            Some((name, format)) => self.rename_backing(name, Some(format)),
+            None => self.forget_backing(),
+        }
     }
 
     fn close(&self) -> io::Result<()> {

@@ -23,19 +23,19 @@ use std::ops::Range;
 use std::sync::{Arc, MutexGuard, PoisonError};
 
 /// A reservation: where the data of some guest clusters are to be.
-struct Plan {
+pub(super) struct Plan {
     /// The guest clusters, as they are in the in-flight list.
-    range: Range<u64>,
+    pub range: Range<u64>,
     /// Offset of the first one's host cluster.
-    host: u64,
+    pub host: u64,
     /// The host clusters were allocated for this (and are given back on failure).
-    new: bool,
+    pub new: bool,
     /// They read as zeroes already.
-    fresh: bool,
+    pub fresh: bool,
     /// What must be written in all: the request's part and what is copied around it.
-    write: Range<u64>,
+    pub write: Range<u64>,
     /// The request's part.
-    data: Range<u64>,
+    pub data: Range<u64>,
 }
 
 impl Meta {
@@ -287,23 +287,29 @@ impl Qcow2 {
         let plan = meta.reserve(&file, off, (from.len() - at) as u64);
         drop(meta);
         let Some(plan) = self.judge(plan)? else { return Ok(0) };
+        self.carry_out(&plan, at, from)?;
+        Ok(plan.data.end - plan.data.start)
+    }
+
+    /// Writes a reservation's data and links it, or gives it back.
+    pub(super) fn carry_out(&self, plan: &Plan, at: usize, from: &Iov) -> io::Result<()> {
+        let file = self.file()?;
         let flight = self.flight(plan.range.clone());
         let early = self.has_bug(Mutant::LinkBeforeData);
         if early {
-            self.lock().link(&file, &plan)?;
+            self.lock().link(&file, plan)?;
         }
-        let mut done = self.fill(&plan, at, from);
+        let mut done = self.fill(plan, at, from);
         let mut meta = self.lock();
         if done.is_ok() && !early {
-            done = meta.link(&file, &plan);
+            done = meta.link(&file, plan);
         }
         if done.is_err() && plan.new && !self.geo.external {
             meta.free(plan.host, plan.range.end - plan.range.start, false);
         }
         flight.landed(meta);
         self.early_free();
-        self.judge(done)?;
-        Ok(plan.data.end - plan.data.start)
+        self.judge(done)
     }
 
     /// Writes a reservation's data: the request's, and around them what was there before.

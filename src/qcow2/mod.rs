@@ -48,6 +48,7 @@ pub mod mutant;
 pub mod open;
 mod packed;
 pub mod plan;
+mod populate;
 mod prealloc;
 mod resize;
 mod snapshot;
