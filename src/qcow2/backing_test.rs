@@ -77,3 +77,27 @@ fn names_that_cannot_be_recorded() {
     assert!(small.rename_backing(&"x".repeat(600), None).is_err(), "it does not fit into the cluster");
     assert_eq!(on_disk(&state), before);
 }
+
+#[test]
+fn another_format_and_no_backing_file_at_all() {
+    let (image, state) = image(&options(65536, 3));
+    for (name, format) in [("/a/b.raw", "raw"), ("/c.qcow2", "qcow2"), ("/d", "a-longer-format"), ("/e", "raw")] {
+        let before = state.data.lock().unwrap().clone();
+        let old = on_disk(&state);
+        image.rename_backing(name, Some(format)).unwrap();
+        let now = on_disk(&state);
+        assert_eq!(now.backing_file.as_deref(), Some(name));
+        assert_eq!(now.backing_format.as_deref(), Some(format));
+        assert_eq!(image.lock().header.backing_format.as_deref(), Some(format));
+        if format.len() <= 8 && old.backing_format.is_some_and(|f| f.len() <= 8) {
+            // Without the write of the first sector the image has the old name and format.
+            let mut torn = state.data.lock().unwrap().clone();
+            torn[..SECTOR].copy_from_slice(&before[..SECTOR]);
+            let torn = Header::parse(&torn).unwrap();
+            assert_eq!(torn.backing_file, old.backing_file);
+        }
+    }
+    image.forget_backing().unwrap();
+    assert_eq!(on_disk(&state).backing_file, None);
+    assert!(image.rename_backing("x", Some("raw")).is_err());
+}

@@ -2,7 +2,7 @@
 
 use super::super::create::{CreateOptions, create};
 use super::super::open;
-use crate::block::driver::{Driver, ExtentKind, Flags};
+use crate::block::driver::{ExtentKind, Flags};
 use crate::block::node::{Edge, Node, NodeOptions};
 use crate::block::testing::{Mem, Rng};
 use crate::sys::iov::{Iov, IovMut};
