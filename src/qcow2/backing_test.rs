@@ -81,7 +81,9 @@ fn names_that_cannot_be_recorded() {
 #[test]
 fn another_format_and_no_backing_file_at_all() {
     let (image, state) = image(&options(65536, 3));
-    for (name, format) in [("/a/b.raw", "raw"), ("/c.qcow2", "qcow2"), ("/d", "a-longer-format"), ("/e", "raw")] {
+    for (name, format) in
+        [("/a/b.raw", "raw"), ("/c.qcow2", "qcow2"), ("/d", "a-longer-format"), ("/e", "raw")]
+    {
         let before = state.data.lock().unwrap().clone();
         let old = on_disk(&state);
         image.rename_backing(name, Some(format)).unwrap();

@@ -67,7 +67,9 @@ fn all_of_it_comes_up_once_and_stays_what_it_is() {
         put(100_000, 512, 2);
         put(100_000, 512, 0);
         put(200_000, 9000, 3);
-        internal.create_snapshot(crate::block::driver::Snapshot { name: "s".into(), ..Default::default() }).unwrap();
+        internal
+            .create_snapshot(crate::block::driver::Snapshot { name: "s".into(), ..Default::default() })
+            .unwrap();
         put(202_000, 512, 4);
         assert!(unallocated(&node) > SIZE / 2);
         node.populate(5000, 100_000, false).unwrap();
