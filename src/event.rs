@@ -40,6 +40,28 @@ pub enum Event {
         /// It is not written any more.
         fatal: bool,
     },
+    /// A child of a quorum failed, or was outvoted.
+    QuorumReportBad {
+        /// What it was asked to do.
+        op: QuorumOp,
+        /// The error in words; none: it was outvoted.
+        error: Option<String>,
+        /// The child.
+        node_name: String,
+        /// Where, in units of 512 bytes.
+        sector_num: u64,
+        /// How many of them.
+        sectors_count: u64,
+    },
+    /// Too few children of a quorum could do something, or agreed.
+    QuorumFailure {
+        /// The quorum.
+        node_name: String,
+        /// Where, in units of 512 bytes.
+        sector_num: u64,
+        /// How many of them.
+        sectors_count: u64,
+    },
     /// A vCPU thread cannot go on; the text says why.
     VcpuFailed {
         /// Which vCPU.
@@ -60,6 +82,28 @@ pub enum Event {
     ExportIdle,
     /// Call the control loop: something it watches has changed (no other meaning).
     Wake,
+}
+
+/// What a child of a quorum was asked to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QuorumOp {
+    /// To read.
+    Read,
+    /// To write, or to write zeroes.
+    Write,
+    /// To make what was written durable.
+    Flush,
+}
+
+impl QuorumOp {
+    /// The word on the wire.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            QuorumOp::Read => "read",
+            QuorumOp::Write => "write",
+            QuorumOp::Flush => "flush",
+        }
+    }
 }
 
 /// The data of QMP's `BLOCK_IO_ERROR`, and whether the VM must stop for it.

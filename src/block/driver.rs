@@ -11,6 +11,7 @@ use super::bitmaps::Bitmaps;
 use super::debug::Moments;
 use super::node::{Edge, Node};
 use super::throttle::Member;
+use crate::error::Result;
 use crate::sys::iov::{Iov, IovMut};
 use std::io;
 use std::ops::{BitAnd, BitOr, Not};
@@ -185,6 +186,25 @@ pub trait Internal {
 
     /// Makes the disk what it was then. ENOENT if there is no such snapshot.
     fn apply_snapshot(&self, id: Option<&str>, name: Option<&str>) -> io::Result<()>;
+}
+
+/// Drivers whose children come and go (`x-blockdev-change`). Control thread only; requests wait
+/// meanwhile.
+pub trait Children {
+    /// The role that `node` would have as a new child; or why it cannot be one.
+    fn new_role(&self, node: &Node) -> Result<String>;
+
+    /// Adds the child that `edge`, whose role [`Children::new_role`] gave, leads to.
+    fn add(&self, edge: &Arc<Edge>);
+
+    /// It could not stay: as if it had never been there.
+    fn take_back(&self, edge: &Arc<Edge>);
+
+    /// Whether a child may go.
+    fn may_remove(&self) -> Result<()>;
+
+    /// Takes a child away.
+    fn remove(&self, edge: &Arc<Edge>);
 }
 
 /// What a driver does that has nothing of its own to say: a filter asks the node it filters.
@@ -384,6 +404,11 @@ pub trait Driver: Send + Sync {
     /// is the control thread's own and must not be held back at any time. Control thread.
     fn hurry(&self, on: bool) {
         let _ = on;
+    }
+
+    /// For drivers whose children come and go.
+    fn children(&self) -> Option<&dyn Children> {
+        None
     }
 
     /// What the moments of the format above mean to a driver for tests; constant.

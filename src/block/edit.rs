@@ -8,6 +8,7 @@ use super::graph::{Graph, Parent};
 use super::handle::Handle;
 use super::node::{Edge, Node};
 use super::perm;
+use crate::bail;
 use crate::error::{Error, Result};
 use std::sync::Arc;
 
@@ -97,6 +98,40 @@ impl Graph {
         drop(quiesced);
         self.collect();
         done
+    }
+}
+
+/// Children that come and go under running guests (`x-blockdev-change`); texts are QEMU's.
+impl Graph {
+    /// Makes `node`, which nobody else uses, a further child of `parent`.
+    pub fn add_child(&mut self, parent: &Arc<Node>, node: &Arc<Node>) -> Result<()> {
+        let Some(children) = parent.driver.children() else {
+            bail!("The node {} does not support adding a child", parent.name);
+        };
+        if !self.parents(node).is_empty() {
+            bail!("The node {} already has a parent", node.name);
+        }
+        let edge = Edge::new(children.new_role(node)?, Some(node.clone()));
+        let _quiesced = self.quiesce(&[parent], &[]);
+        children.add(&edge);
+        // Looks for cycles, too.
+        self.refresh().inspect_err(|_| children.take_back(&edge))
+    }
+
+    /// Takes the child of that role away from `parent`. It is closed, unless the user owns it.
+    pub fn remove_child(&mut self, parent: &Arc<Node>, role: &str) -> Result<()> {
+        let Some(edge) = parent.driver.edges().into_iter().find(|e| e.role == role) else {
+            bail!("Node '{}' does not have child '{role}'", parent.name);
+        };
+        let Some(children) = parent.driver.children() else {
+            bail!("The node {} does not support removing a child", parent.name);
+        };
+        children.may_remove()?;
+        let quiesced = self.quiesce(&[parent], &[]);
+        children.remove(&edge);
+        drop(quiesced);
+        self.collect();
+        Ok(())
     }
 }
 

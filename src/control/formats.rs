@@ -5,6 +5,7 @@
 
 use super::objects::Objects;
 use crate::block::blkdebug::{BlkdebugOptions, BlkdebugPlan};
+use crate::block::blkverify::BlkverifyPlan;
 use crate::block::file_open::{BlockdevOptionsFile, FilePlan};
 use crate::block::filter_compress::CompressPlan;
 use crate::block::filter_copy_on_read::CopyOnReadPlan;
@@ -13,6 +14,7 @@ use crate::block::filter_throttle::ThrottlePlan;
 use crate::block::node::DetectZeroes;
 use crate::block::null::{BlockdevOptionsNull, NullPlan};
 use crate::block::open::{Backing, Child, Common, Env, Open, PassedFd, Plan};
+use crate::block::quorum::{QuorumPlan, QuorumReadPattern};
 use crate::block::raw::RawPlan;
 use crate::block::throttle::Group;
 use crate::error::{Error, Result};
@@ -65,6 +67,8 @@ wire_union! {
     "driver" => pub enum BlockdevDriver as driver {
         /// Injects errors: for tests.
         "blkdebug" Blkdebug(Box<BlockdevOptionsBlkdebug>),
+        /// Compares what two nodes do: for tests.
+        "blkverify" Blkverify(Box<BlockdevOptionsBlkverify>),
         /// A regular file.
         "file" File(BlockdevOptionsFile),
         /// A block device of the host.
@@ -81,6 +85,8 @@ wire_union! {
         "preallocate" Preallocate(BlockdevOptionsPreallocate),
         /// QEMU's image format.
         "qcow2" Qcow2(Box<BlockdevOptionsQcow2>),
+        /// Several nodes that hold the same, and vote.
+        "quorum" Quorum(Box<BlockdevOptionsQuorum>),
         /// Bytes as they are.
         "raw" Raw(Box<BlockdevOptionsRaw>),
         /// Keeps to the limits of a group.
@@ -152,6 +158,32 @@ wire_struct! {
         image: BlockdevRef,
         /// The rules.
         base: Flat<BlkdebugOptions>,
+    }
+}
+
+wire_struct! {
+    /// Options of the driver `blkverify`.
+    pub struct BlockdevOptionsBlkverify {
+        /// What is tested.
+        test: BlockdevRef,
+        /// What is right.
+        raw: BlockdevRef,
+    }
+}
+
+wire_struct! {
+    /// Options of the driver `quorum`.
+    pub struct BlockdevOptionsQuorum {
+        /// True: there are two children, and a difference is an error that is logged.
+        blkverify: Option<bool>,
+        /// The children.
+        children: Vec<BlockdevRef>,
+        /// How many children must agree in a read, or do a write.
+        "vote-threshold" vote_threshold: i64,
+        /// Children that are outvoted are overwritten with the answer (default: no).
+        "rewrite-corrupted" rewrite_corrupted: Option<bool>,
+        /// How the children are read (default: quorum).
+        "read-pattern" read_pattern: Option<QuorumReadPattern>,
     }
 }
 
@@ -296,6 +328,16 @@ pub fn plan(options: BlockdevOptions) -> Result<Plan> {
         BlockdevDriver::Throttle(o) => {
             Box::new(ThrottlePlan { file: child(o.file)?, group: o.throttle_group })
         }
+        BlockdevDriver::Blkverify(o) => {
+            Box::new(BlkverifyPlan { raw: child(o.raw)?, test: child(o.test)? })
+        }
+        BlockdevDriver::Quorum(o) => Box::new(QuorumPlan {
+            children: o.children.into_iter().map(child).collect::<Result<_>>()?,
+            threshold: o.vote_threshold,
+            blkverify: o.blkverify,
+            rewrite_corrupted: o.rewrite_corrupted,
+            read_pattern: o.read_pattern,
+        }),
         BlockdevDriver::Raw(o) => Box::new(RawPlan {
             file: child(o.base.0.file)?,
             offset: bytes("offset", o.offset)?,

@@ -12,6 +12,8 @@ fn every_driver_that_can_be_named_can_be_opened() {
         let options = match *word {
             "file" | "host_device" => json!({"driver": word, "filename": path}),
             "null-co" | "null-aio" => json!({"driver": word}),
+            "blkverify" => json!({"driver": word, "raw": "x", "test": "y"}),
+            "quorum" => json!({"driver": word, "vote-threshold": 1, "children": ["x"]}),
             "blkdebug" => json!({"driver": word, "image": "x"}),
             _ => json!({"driver": word, "file": {"driver": "file", "filename": path}}),
         };

@@ -409,6 +409,23 @@ impl Vm {
                 }
                 self.emit("BLOCK_IMAGE_CORRUPTED", data);
             }
+            Event::QuorumReportBad { op, error, node_name, sector_num, sectors_count } => {
+                let mut data = json!({ "type": op.as_str(), "node-name": node_name, "sector-num": sector_num,
+                                       "sectors-count": sectors_count });
+                if let Some(error) = error {
+                    data["error"] = error.into();
+                }
+                self.emit("QUORUM_REPORT_BAD", data);
+            }
+            Event::QuorumFailure { node_name, sector_num, sectors_count } => {
+                let of_drive = |n: Arc<Node>| n.name == node_name;
+                let drive = self.drives.iter().find(|d| d.handle.node().is_some_and(of_drive));
+                let drive = drive.map(|d| d.name().to_string());
+                let reference = drive.filter(|d| !d.is_empty()).unwrap_or(node_name);
+                let data = json!({ "reference": reference, "sector-num": sector_num,
+                                   "sectors-count": sectors_count });
+                self.emit("QUORUM_FAILURE", data);
+            }
             Event::BlockIoError(e) => self.block_io_error(e),
             Event::Job(serial) => {
                 self.jobs.serve(&mut self.graph, serial);

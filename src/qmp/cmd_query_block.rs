@@ -114,7 +114,13 @@ fn options(node: &Node) -> Map<String, Value> {
     map.insert("driver".into(), json!(node.driver.name()));
     for edge in node.driver.edges() {
         let below = edge.node().map_or(Value::Null, |n| Value::Object(options(&n)));
-        map.insert(edge.role.clone(), below);
+        // The children of a quorum are a list.
+        match edge.role.split_once('.').map(|(list, _)| map.entry(list).or_insert(json!([]))) {
+            Some(Value::Array(list)) => list.push(below),
+            _ => {
+                map.insert(edge.role.clone(), below);
+            }
+        }
     }
     map
 }

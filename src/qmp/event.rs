@@ -156,6 +156,30 @@ events! {
         id: String,
     };
 
+    /// Too few children of a quorum could do something, or agreed.
+    "QUORUM_FAILURE" limited {
+        /// The drive or node.
+        reference: String,
+        /// Where, in units of 512 bytes.
+        "sector-num" sector_num: i64,
+        /// How many of them.
+        "sectors-count" sectors_count: i64,
+    };
+
+    /// A child of a quorum failed, or was outvoted.
+    "QUORUM_REPORT_BAD" limited "node-name" {
+        /// What it was asked to do.
+        "type" op: QuorumOpType,
+        /// The error in words; none: it was outvoted.
+        error: Option<String>,
+        /// The child's node.
+        "node-name" node_name: String,
+        /// Where, in units of 512 bytes.
+        "sector-num" sector_num: i64,
+        /// How many of them.
+        "sectors-count" sectors_count: i64,
+    };
+
     /// A write went beyond a node's write threshold, which is off now.
     "BLOCK_WRITE_THRESHOLD" {
         /// The node.
@@ -306,6 +330,18 @@ impl From<Status> for JobStatus {
             Status::Concluded => JobStatus::Concluded,
             Status::Null => JobStatus::Null,
         }
+    }
+}
+
+wire_enum! {
+    /// What a child of a quorum was asked to do.
+    pub enum QuorumOpType {
+        /// To read.
+        "read" Read,
+        /// To write.
+        "write" Write,
+        /// To make what was written durable.
+        "flush" Flush,
     }
 }
 

@@ -21,6 +21,7 @@ mod cmd_nbd;
 mod cmd_object;
 mod cmd_oob;
 mod cmd_query_block;
+mod cmd_quorum;
 mod cmd_snapshot;
 mod cmd_throttle;
 mod cmd_transaction;
@@ -33,6 +34,7 @@ static TABLES: &[&[schema::Command]] = &[
     cmd_machine::MACHINE,
     cmd_blockdev::BLOCKDEV,
     cmd_query_block::QUERY_BLOCK,
+    cmd_quorum::QUORUM,
     cmd_oob::OOB,
     cmd_hmp::HMP,
     cmd_snapshot::SNAPSHOT,
