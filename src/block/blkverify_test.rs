@@ -6,7 +6,8 @@ use std::sync::atomic::Ordering;
 fn pair() -> (Arc<Node>, [Arc<MemState>; 2]) {
     let (raw, test) = (Mem::new(64 << 10), Mem::new(64 << 10));
     let states = [raw.state.clone(), test.state.clone()];
-    let edge = |role: &str, mem| Edge::new(role, Some(Node::new(role, Box::new(mem), NodeOptions::default())));
+    let edge =
+        |role: &str, mem| Edge::new(role, Some(Node::new(role, Box::new(mem), NodeOptions::default())));
     let driver = Blkverify { raw: edge("raw", raw), test: edge("test", test), ranges: Serial::default() };
     (Node::new("v", Box::new(driver), NodeOptions { unmap: true, ..NodeOptions::default() }), states)
 }

@@ -5,8 +5,8 @@ use crate::block::node::NodeOptions;
 use crate::block::open::{self, Common, Plan};
 use crate::block::testing::{Mem, MemState, NoEnv, Rng};
 use crate::sys::inbox::Inbox;
-use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::{Duration, Instant};
 
 const LEN: usize = 256 << 10;
@@ -131,7 +131,10 @@ fn a_majority_wins_and_the_others_are_reported() {
     assert_eq!(get(&disk, 1000, 1000).unwrap(), [7; 1000]);
     s.fail(0, libc::ENXIO);
     let e = code(get(&disk, 1900, 200));
-    assert_eq!((e, s.told()), (libc::EIO, vec!["m0 read 3+2: No such device or address".into(), "q 3+2".into()]));
+    assert_eq!(
+        (e, s.told()),
+        (libc::EIO, vec!["m0 read 3+2: No such device or address".into(), "q 3+2".into()])
+    );
     s.fail(2, libc::ENXIO);
     let nodev = "read 0+1: No such device or address";
     assert_eq!(code(get(&disk, 0, 512)), libc::ENXIO);
@@ -172,7 +175,10 @@ fn writes_and_flushes_need_enough_children() {
     disk.flush().unwrap();
     disk.zero(0, 512, Flags::NONE).unwrap();
     let full = ": No space left on device";
-    assert_eq!(s.told(), [format!("m1 write 1+1{full}"), format!("m1 flush 0+0{full}"), format!("m1 write 0+1{full}")]);
+    assert_eq!(
+        s.told(),
+        [format!("m1 write 1+1{full}"), format!("m1 flush 0+0{full}"), format!("m1 write 0+1{full}")]
+    );
     s.fail(0, libc::EIO);
     s.fail(2, libc::EIO);
     assert_eq!(code(put(&disk, 0, &[1; 512])), libc::EIO);

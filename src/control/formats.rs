@@ -328,9 +328,7 @@ pub fn plan(options: BlockdevOptions) -> Result<Plan> {
         BlockdevDriver::Throttle(o) => {
             Box::new(ThrottlePlan { file: child(o.file)?, group: o.throttle_group })
         }
-        BlockdevDriver::Blkverify(o) => {
-            Box::new(BlkverifyPlan { raw: child(o.raw)?, test: child(o.test)? })
-        }
+        BlockdevDriver::Blkverify(o) => Box::new(BlkverifyPlan { raw: child(o.raw)?, test: child(o.test)? }),
         BlockdevDriver::Quorum(o) => Box::new(QuorumPlan {
             children: o.children.into_iter().map(child).collect::<Result<_>>()?,
             threshold: o.vote_threshold,
