@@ -12,6 +12,7 @@ fn every_driver_that_can_be_named_can_be_opened() {
         let options = match *word {
             "file" | "host_device" => json!({"driver": word, "filename": path}),
             "null-co" | "null-aio" => json!({"driver": word}),
+            "throttle" => json!({"driver": word, "throttle-group": "g", "file": "x"}),
             "blkverify" => json!({"driver": word, "raw": "x", "test": "y"}),
             "quorum" => json!({"driver": word, "vote-threshold": 1, "children": ["x"]}),
             "blkdebug" => json!({"driver": word, "image": "x"}),
@@ -71,5 +72,5 @@ fn negative_windows_are_refused() {
     let options = json!({"driver": "raw", "file": "x", "offset": -1});
     let options = BlockdevOptions::take(options, &qapi::Path::Root).unwrap();
     let e = plan(options).err().unwrap();
-    assert_eq!(e.desc, "Parameter 'offset' expects a non-negative value");
+    assert_eq!(e.desc, "Value '-1' is out of range for parameter 'offset'");
 }
