@@ -43,6 +43,8 @@ pub struct CopyOptions {
 /// What the filter and the job share. See the module's head.
 pub struct Copies {
     options: CopyOptions,
+    source: Arc<Edge>,
+    target: Arc<Edge>,
     /// Length of the disk when the filter came, in bytes: the copy has no more.
     len: u64,
     to_copy: Arc<Bitmap>,
@@ -62,6 +64,9 @@ pub enum CopyError {
     /// Writing the target.
     Target(io::Error),
 }
+
+/// What copying answers.
+pub type Copied<T> = std::result::Result<T, CopyError>;
 
 impl CopyError {
     /// The error itself.
@@ -125,6 +130,19 @@ impl Copies {
         &self.to_copy
     }
 
+    /// What is still to be copied, in bytes.
+    pub fn left(&self) -> u64 {
+        // the last cluster may be cut short by the end
+        let over = self.len.next_multiple_of(self.options.cluster) - self.len;
+        let cut = over > 0 && self.to_copy.is_dirty(self.len - 1);
+        self.to_copy.count().saturating_sub(if cut { over } else { 0 })
+    }
+
+    /// The disk below the filter, and the target.
+    pub fn nodes(&self) -> io::Result<(Arc<Node>, Arc<Node>)> {
+        Ok((self.source.need()?, self.target.need()?))
+    }
+
     /// A failed copy of a guest's write broke the copy.
     pub fn broken(&self) -> bool {
         self.broken.load(Ordering::SeqCst)
@@ -157,19 +175,14 @@ impl Copies {
     }
 
     /// Copies the next piece of what touches `from..end` and was not copied yet, or answers `None`.
-    /// With a ticket in hand; `source` and `target` are the nodes below the filter.
-    pub fn copy_next(
-        &self,
-        source: &Node,
-        target: &Node,
-        (from, end): (u64, u64),
-        scratch: &mut Scratch,
-    ) -> std::result::Result<Option<Range<u64>>, CopyError> {
+    /// With a ticket in hand.
+    pub fn copy_next(&self, from: u64, end: u64, scratch: &mut Scratch) -> Copied<Option<Range<u64>>> {
+        let (source, target) = self.nodes().map_err(CopyError::Target)?;
         let Some(claim) = self.claim(from, end.min(self.len)) else { return Ok(None) };
         let range = claim.range.clone();
         let mut at = range.start;
         while at < range.end {
-            at += self.copy(source, target, (at, range.end - at), scratch)?;
+            at += self.copy(&source, &target, (at, range.end - at), scratch)?;
         }
         // before the claim ends: who waited must find nothing to do
         self.to_copy.clear(range.start, range.end - range.start);
@@ -181,16 +194,17 @@ impl Copies {
     ///
     /// It claims nothing: what the guest writes meanwhile is copied before, or was, and a cluster that
     /// says it is zeroes now, and is not copied, always was.
-    pub fn skip_zeroes(&self, source: &Node, target: &Node, off: u64) -> std::result::Result<u64, CopyError> {
+    pub fn skip_zeroes(&self, off: u64) -> Copied<u64> {
+        let (source, target) = self.nodes().map_err(CopyError::Target)?;
         let end = self.len;
         if off >= end {
             return Ok(0);
         }
-        let found = chain::contents(source, off, end - off).map_err(CopyError::Source)?;
+        let found = chain::contents(&source, off, end - off).map_err(CopyError::Source)?;
         if !found.zero {
             return Ok(0);
         }
-        let there = chain::contents(target, off, found.len).map_err(CopyError::Target)?;
+        let there = chain::contents(&target, off, found.len).map_err(CopyError::Target)?;
         if !there.zero {
             return Ok(0);
         }
@@ -210,7 +224,7 @@ impl Copies {
         target: &Node,
         (off, len): (u64, u64),
         scratch: &mut Scratch,
-    ) -> std::result::Result<u64, CopyError> {
+    ) -> Copied<u64> {
         let found = chain::contents(source, off, len).map_err(CopyError::Source)?;
         // whole clusters at once, or a compressed one would be written in two pieces
         let cluster = self.options.cluster;
@@ -241,20 +255,18 @@ fn reads_zero(target: &Node, off: u64, len: u64) -> io::Result<bool> {
 
 /// See the module's head.
 pub struct CopyBeforeWrite {
-    source: Arc<Edge>,
-    target: Arc<Edge>,
     copies: Arc<Copies>,
     name: String,
 }
 
-/// A filter node named `name` that copies to `target` what is written; it is on nothing yet
+/// A filter node named `name` with the options `node` that copies to `target` what is written; it is on nothing yet
 /// ([`Graph::insert_filter`](super::graph::Graph::insert_filter)). Of `source`, the disk that it is
 /// meant for, everything is to be copied at first.
 ///
 /// # Errors
 /// The bitmap is too large.
 pub fn filter(
-    name: &str,
+    (name, node): (&str, NodeOptions),
     source: &Node,
     target: &Arc<Node>,
     options: CopyOptions,
@@ -270,6 +282,8 @@ pub fn filter(
     whole.mark(0, len);
     let copies = Arc::new(Copies {
         options,
+        source: Edge::new("file", None),
+        target: Edge::new("target", Some(target.clone())),
         len,
         to_copy: to_copy.clone(),
         done: done.clone(),
@@ -277,13 +291,8 @@ pub fn filter(
         freed: Condvar::new(),
         broken: AtomicBool::new(false),
     });
-    let driver = CopyBeforeWrite {
-        source: Edge::new("file", None),
-        target: Edge::new("target", Some(target.clone())),
-        copies: copies.clone(),
-        name: name.to_string(),
-    };
-    let node = Node::new(name, Box::new(driver), NodeOptions::default());
+    let driver = CopyBeforeWrite { copies: copies.clone(), name: name.to_string() };
+    let node = Node::new(name, Box::new(driver), node);
     // As queries of QEMU's filter show them, the newest last.
     for bitmap in [to_copy, done, whole] {
         node.insert_bitmap(bitmap)?;
@@ -292,9 +301,8 @@ pub fn filter(
 }
 
 impl CopyBeforeWrite {
-    /// What is below, and the target.
-    fn nodes(&self) -> io::Result<(Arc<Node>, Arc<Node>)> {
-        Ok((self.source.need()?, self.target.need()?))
+    fn source(&self) -> &Arc<Edge> {
+        &self.copies.source
     }
 
     /// Before `len` bytes at `off` change.
@@ -308,10 +316,9 @@ impl CopyBeforeWrite {
         if off >= end || copies.to_copy.next_dirty(off, end, u64::MAX).is_none() {
             return Ok(());
         }
-        let (source, target) = self.nodes()?;
         let mut scratch = Scratch::default();
         loop {
-            match copies.copy_next(&source, &target, (off, end), &mut scratch) {
+            match copies.copy_next(off, end, &mut scratch) {
                 Ok(None) => return Ok(()),
                 Ok(Some(range)) => copies.done.mark(range.start, range.end - range.start),
                 Err(e) if copies.options.break_snapshot => {
@@ -335,20 +342,20 @@ impl Driver for CopyBeforeWrite {
     }
 
     fn len(&self) -> u64 {
-        self.source.peek(Node::len).unwrap_or(0)
+        self.source().peek(Node::len).unwrap_or(0)
     }
 
     fn limits(&self) -> Limits {
-        let below = self.source.peek(Node::limits).unwrap_or_default();
+        let below = self.source().peek(Node::limits).unwrap_or_default();
         Limits { request_alignment: 1, memory_alignment: 1, ..below }
     }
 
     fn edges(&self) -> Vec<Arc<Edge>> {
-        vec![self.source.clone(), self.target.clone()]
+        vec![self.source().clone(), self.copies.target.clone()]
     }
 
     fn filtered(&self) -> Option<Arc<Edge>> {
-        Some(self.source.clone())
+        Some(self.source().clone())
     }
 
     fn wants(&self, edge: &Edge, above: (Perm, Perm)) -> (Perm, Perm) {
@@ -361,35 +368,35 @@ impl Driver for CopyBeforeWrite {
     }
 
     fn read(&self, off: u64, to: &mut IovMut) -> io::Result<()> {
-        self.source.need()?.read(off, to)
+        self.source().need()?.read(off, to)
     }
 
     fn write(&self, off: u64, from: &Iov, flags: Flags) -> io::Result<()> {
         self.before(off, from.len() as u64)?;
-        self.source.need()?.write(off, from, flags)
+        self.source().need()?.write(off, from, flags)
     }
 
     fn zero(&self, off: u64, len: u64, flags: Flags) -> io::Result<()> {
         self.before(off, len)?;
-        self.source.need()?.zero(off, len, flags)
+        self.source().need()?.zero(off, len, flags)
     }
 
     fn discard(&self, off: u64, len: u64) -> io::Result<()> {
         self.before(off, len)?;
-        self.source.need()?.discard(off, len)
+        self.source().need()?.discard(off, len)
     }
 
     /// The disk alone: the target is flushed when the copy is complete.
     fn flush(&self) -> io::Result<()> {
-        self.source.need()?.flush()
+        self.source().need()?.flush()
     }
 
     fn status(&self, off: u64, len: u64) -> io::Result<Extent> {
-        self.source.need()?.status(off, len)
+        self.source().need()?.status(off, len)
     }
 
     fn filename(&self) -> String {
-        self.source.node().map(|n| n.driver.filename()).unwrap_or_default()
+        self.source().node().map(|n| n.driver.filename()).unwrap_or_default()
     }
 }
 

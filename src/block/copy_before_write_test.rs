@@ -70,7 +70,7 @@ fn the_target_gets_the_disk_as_it_was_under_writing_guests() {
         while writes.load(Ordering::Relaxed) < 10 {
             std::thread::yield_now();
         }
-        let (filter, copies) = filter("cbw", &s.disk, &s.target, OPTIONS).unwrap();
+        let (filter, copies) = filter(("cbw", NodeOptions::default()), &s.disk, &s.target, OPTIONS).unwrap();
         s.graph.add(filter.clone()).unwrap();
         let quiesced = s.graph.quiesce(&[&s.disk], &[]);
         // nobody writes now: this is the disk that the copy is to be
@@ -81,11 +81,11 @@ fn the_target_gets_the_disk_as_it_was_under_writing_guests() {
         let (mut at, mut scratch) = (0, Scratch::default());
         while at < copies.len() {
             let done = job.inside(|_| {
-                let skipped = copies.skip_zeroes(&s.disk, &s.target, at).unwrap();
+                let skipped = copies.skip_zeroes(at).unwrap();
                 if skipped > 0 {
                     return Ok(Some(at..at + skipped));
                 }
-                Ok(copies.copy_next(&s.disk, &s.target, (at, copies.len()), &mut scratch).unwrap())
+                Ok(copies.copy_next(at, copies.len(), &mut scratch).unwrap())
             });
             match done.unwrap() {
                 Some(range) => at = range.end,
@@ -113,7 +113,7 @@ fn a_failed_copy_fails_the_write_or_breaks_the_copy() {
         let fill = vec![5; LEN];
         let mut s = setup(&fill);
         let (filter, copies) =
-            filter("cbw", &s.disk, &s.target, CopyOptions { break_snapshot, ..OPTIONS }).unwrap();
+            filter(("cbw", NodeOptions::default()), &s.disk, &s.target, CopyOptions { break_snapshot, ..OPTIONS }).unwrap();
         s.graph.insert_filter(&filter, &s.disk).unwrap();
         s.target_state.fail.store(libc::ENOSPC, Ordering::SeqCst);
         let done = s.guest.write(100, &Iov::from_slice(&[9; 10]), Flags::NONE);
@@ -137,7 +137,7 @@ fn a_failed_copy_fails_the_write_or_breaks_the_copy() {
 #[test]
 fn only_what_is_to_be_copied_is() {
     let mut s = setup(&vec![5; LEN]);
-    let (filter, copies) = filter("cbw", &s.disk, &s.target, OPTIONS).unwrap();
+    let (filter, copies) = filter(("cbw", NodeOptions::default()), &s.disk, &s.target, OPTIONS).unwrap();
     copies.to_copy().clear_all();
     copies.to_copy().mark(8192, 1);
     s.graph.insert_filter(&filter, &s.disk).unwrap();
@@ -162,7 +162,7 @@ fn a_target_may_stand_on_the_disk_itself() {
     graph.add(overlay.clone()).unwrap();
     graph.own(&overlay);
     let guest = graph.attach(Some(disk.clone()), HandleSpec::default()).unwrap();
-    let (filter, _copies) = filter("cbw", &disk, &overlay, OPTIONS).unwrap();
+    let (filter, _copies) = filter(("cbw", NodeOptions::default()), &disk, &overlay, OPTIONS).unwrap();
     graph.insert_filter(&filter, &disk).unwrap();
     guest.write(0, &Iov::from_slice(&[9; 100]), Flags::NONE).unwrap();
     assert_eq!(state.data.lock().unwrap()[0], 9);

@@ -1,0 +1,303 @@
+//! The job `backup`: a copy of a disk as it was when the job began, while the guest goes on writing.
+//!
+//! The job puts the filter [`copy_before_write`] above the disk and then copies cluster after cluster,
+//! what the guest has not made it copy already. With a bitmap it copies what that says is dirty; the
+//! bitmap is put aside at the very moment that the filter comes, so that it and the copy speak of the
+//! same contents.
+//!
+//! Owns: which clusters are to be copied, what becomes of the bitmap. Never: who comes first to a
+//! cluster (the filter's). Threads: the job's; `new`, `commit`, `abort`, `clean` on control. Locks: none.
+
+use super::job::{After, JobCtx, Stop, Work, attach};
+use crate::bail;
+use crate::block::bitmap::Bitmap;
+use crate::block::copy_before_write::{self as cbw, Copied, Copies, CopyError, CopyOptions, Scratch};
+use crate::block::driver::{ExtentKind, Perm};
+use crate::block::graph::Graph;
+use crate::block::handle::{Handle, OnError};
+use crate::block::node::{Node, NodeOptions};
+use crate::error::{Error, Result};
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Clusters of this size at least are copied together, in bytes (QEMU's default).
+const CLUSTER: u64 = 64 << 10;
+
+/// What is copied.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Sync {
+    /// All of the disk.
+    Full,
+    /// What is in its uppermost image.
+    Top,
+    /// What the guest overwrites, before it does; until the job is cancelled.
+    None,
+    /// What the bitmap says.
+    Bitmap,
+}
+
+/// When the bitmap forgets what was copied.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum BitmapMode {
+    /// When all of it was.
+    OnSuccess,
+    /// Never.
+    Never,
+    /// What was copied, also when the job fails later.
+    Always,
+}
+
+/// A backup that is to be made.
+pub struct BackupSpec {
+    /// The disk.
+    pub source: Arc<Node>,
+    /// Where it goes.
+    pub target: Arc<Node>,
+    /// What is copied.
+    pub sync: Sync,
+    /// A bitmap of the source, and when it forgets.
+    pub bitmap: Option<(Arc<Bitmap>, BitmapMode)>,
+    /// Data are compressed.
+    pub compress: bool,
+    /// What a failed read of the disk leads to.
+    pub on_source_error: OnError,
+    /// What a failed write of the target leads to.
+    pub on_target_error: OnError,
+    /// A guest's write whose copy fails is done, and the backup is lost, instead of the reverse.
+    pub break_snapshot: bool,
+    /// The filter's name, and whether the user chose it.
+    pub filter: (String, bool),
+}
+
+/// A bitmap while the job has it.
+struct Synced {
+    node: Arc<Node>,
+    bitmap: Arc<Bitmap>,
+    mode: BitmapMode,
+}
+
+/// See the module's head.
+pub struct Backup {
+    sync: Sync,
+    copies: Arc<Copies>,
+    filter: Arc<Node>,
+    /// On the filter: for tickets.
+    handle: Arc<Handle>,
+    bitmap: Option<Synced>,
+    policies: (OnError, OnError),
+    scratch: Scratch,
+}
+
+impl Backup {
+    /// Puts the filter in: from now on the target gets what the guest overwrites.
+    ///
+    /// # Errors
+    /// QEMU's texts. Nothing has changed then.
+    pub fn new(graph: &mut Graph, spec: BackupSpec) -> Result<Backup> {
+        let BackupSpec { source, target, .. } = &spec;
+        if Arc::ptr_eq(source, target) {
+            bail!("Source and target cannot be the same");
+        }
+        if spec.compress && !target.driver.compresses() {
+            // The name is missing in QEMU too.
+            bail!("Compression is not supported for this drive ");
+        }
+        if source.len() != target.len() {
+            bail!("Source and target image have different sizes");
+        }
+        let unit = target.driver.info().cluster_size.unwrap_or(0).next_power_of_two();
+        let options = CopyOptions {
+            cluster: unit.max(CLUSTER),
+            compress: spec.compress,
+            break_snapshot: spec.break_snapshot,
+        };
+        let (name, named) = &spec.filter;
+        let node = NodeOptions { read_only: source.read_only(), implicit: !named, ..NodeOptions::default() };
+        let (filter, copies) = cbw::filter((name, node), source, target, options)?;
+        graph.add(filter.clone())?;
+        // No write is under way now, and none begins: this is the disk that the copy will be.
+        let quiesced = graph.quiesce(&[source], &[]);
+        let done = (|| {
+            let synced = match &spec.bitmap {
+                None => None,
+                Some((bitmap, mode)) => {
+                    source.create_successor(bitmap)?;
+                    Some(Synced { node: source.clone(), bitmap: bitmap.clone(), mode: *mode })
+                }
+            };
+            if spec.sync == Sync::Bitmap {
+                copies.to_copy().clear_all();
+                if let Some(s) = &synced {
+                    copies.to_copy().merge(&s.bitmap);
+                }
+            }
+            let put = graph.edit(&quiesced, |edit| edit.insert_filter(&filter, source));
+            if let (Err(_), Some(s)) = (&put, &synced) {
+                s.node.reclaim_bitmap(&s.bitmap);
+            }
+            put.map(|()| synced)
+        })();
+        drop(quiesced);
+        let bitmap = done.inspect_err(|_| graph.collect())?;
+        let handle = attach(graph, &filter, Perm::CONSISTENT_READ, Perm::ALL);
+        let policies = (spec.on_source_error, spec.on_target_error);
+        match handle {
+            Ok(handle) => {
+                Ok(Backup { sync: spec.sync, copies, filter, handle, bitmap, policies, scratch: Scratch::default() })
+            }
+            Err(e) => {
+                if let Some(s) = bitmap {
+                    s.node.reclaim_bitmap(&s.bitmap);
+                }
+                remove(graph, &filter);
+                Err(e)
+            }
+        }
+    }
+
+    /// Does `f` with a ticket; what fails there, the policies decide about: `None` is to try again.
+    fn attempt<T>(
+        &mut self,
+        cx: &JobCtx,
+        f: impl FnOnce(&Copies, &mut Scratch) -> Copied<T>,
+    ) -> Result<Option<T>, Stop> {
+        let Backup { copies, scratch, handle, .. } = self;
+        let done = handle.inside(|_| Ok(f(copies, scratch)))?;
+        let (e, policy, read) = match done {
+            Ok(answer) => return Ok(Some(answer)),
+            Err(CopyError::Source(e)) => (e, self.policies.0, true),
+            Err(CopyError::Target(e)) => (e, self.policies.1, false),
+        };
+        match cx.on_error(policy, &e, read)? {
+            After::Again | After::Ignored => Ok(None),
+        }
+    }
+
+    /// Only what is in the uppermost image: the rest need not be copied.
+    fn leave_out_lower(&mut self, cx: &JobCtx) -> Result<(), Stop> {
+        let mut at = 0;
+        while at < self.copies.len() {
+            cx.pause_point()?;
+            let step = self.attempt(cx, |copies, _| {
+                let (source, _) = copies.nodes().map_err(CopyError::Source)?;
+                let source = uppermost(source).map_err(CopyError::Source)?;
+                let left = copies.len() - at;
+                let found = source.status(at, left).map_err(CopyError::Source)?;
+                if found.kind == ExtentKind::Unallocated {
+                    // only clusters that lie in it as a whole
+                    let first = at.next_multiple_of(copies.cluster());
+                    let end = at + found.len;
+                    let end = if end >= copies.len() { end } else { end & !(copies.cluster() - 1) };
+                    copies.to_copy().clear(first, end.saturating_sub(first));
+                }
+                Ok(found.len)
+            })?;
+            at += step.unwrap_or(0);
+        }
+        Ok(())
+    }
+
+    fn check(&self) -> Result<(), Stop> {
+        if self.copies.broken() {
+            return Err(Stop::Failed(Error::new("a write of the guest could not be copied before it was done")));
+        }
+        Ok(())
+    }
+
+    fn copy_all(&mut self, cx: &JobCtx) -> Result<(), Stop> {
+        let total = self.copies.left();
+        let mut at = 0;
+        while at < self.copies.len() {
+            self.check()?;
+            cx.progress(total.saturating_sub(self.copies.left()), total);
+            cx.pause_point()?;
+            let step = self.attempt(cx, |copies, scratch| {
+                let end = copies.len();
+                let Some(next) = copies.to_copy().next_dirty(at, end, u64::MAX) else { return Ok((end, 0)) };
+                let skipped = copies.skip_zeroes(next.start)?;
+                if skipped > 0 {
+                    return Ok((next.start + skipped, 0));
+                }
+                let done = copies.copy_next(next.start, end, scratch)?;
+                Ok(done.map_or((end, 0), |r| (r.end, r.end - r.start)))
+            })?;
+            if let Some((end, bytes)) = step {
+                at = end;
+                cx.progress(total.saturating_sub(self.copies.left()), total);
+                if at < self.copies.len() {
+                    cx.throttle(bytes)?;
+                }
+            }
+        }
+        cx.progress(total, total);
+        Ok(())
+    }
+}
+
+/// The node that has the image: filters show what it has.
+fn uppermost(mut node: Arc<Node>) -> io::Result<Arc<Node>> {
+    while let Some(edge) = node.driver.filtered() {
+        node = edge.need()?;
+    }
+    Ok(node)
+}
+
+fn remove(graph: &mut Graph, filter: &Arc<Node>) {
+    if let Err(e) = graph.remove_filter(filter) {
+        log::error!("node '{}' stays in the graph: {e}", filter.name);
+    }
+}
+
+impl Work for Backup {
+    fn run(&mut self, cx: &JobCtx) -> Result<(), Stop> {
+        if self.sync == Sync::None {
+            let total = self.copies.len();
+            loop {
+                self.check()?;
+                cx.progress(total - self.copies.left(), total);
+                cx.sleep(Duration::from_millis(200))?;
+            }
+        }
+        if self.sync == Sync::Top {
+            self.leave_out_lower(cx)?;
+        }
+        self.copy_all(cx)?;
+        while self
+            .attempt(cx, |copies, _| {
+                copies.nodes().and_then(|(_, target)| target.flush()).map_err(CopyError::Target)
+            })?
+            .is_none()
+        {}
+        self.check()
+    }
+
+    fn commit(&mut self, _: &mut Graph) {
+        if let Some(s) = self.bitmap.take() {
+            match s.mode {
+                BitmapMode::Never => s.node.reclaim_bitmap(&s.bitmap),
+                BitmapMode::OnSuccess | BitmapMode::Always => s.node.abdicate_bitmap(&s.bitmap),
+            }
+        }
+    }
+
+    fn abort(&mut self, _: &mut Graph) {
+        if let Some(s) = self.bitmap.take() {
+            if s.mode == BitmapMode::Always {
+                // What was copied is on the target, whatever became of the rest.
+                s.bitmap.clear_all();
+                s.bitmap.merge(self.copies.to_copy());
+            }
+            s.node.reclaim_bitmap(&s.bitmap);
+        }
+    }
+
+    fn clean(&mut self, graph: &mut Graph) {
+        graph.detach(&self.handle);
+        remove(graph, &self.filter);
+    }
+}
+
+#[cfg(test)]
+#[path = "backup_test.rs"]
+mod tests;
