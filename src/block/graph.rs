@@ -160,7 +160,7 @@ impl Graph {
     }
 
     /// A name for a node that was given none: `#block123`, never twice.
-    pub(super) fn auto_name(&mut self) -> String {
+    pub fn auto_name(&mut self) -> String {
         self.named += 1;
         format!("#block{:03}", self.named)
     }

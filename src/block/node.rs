@@ -185,6 +185,15 @@ impl Node {
         self.driver.filtered()?.node()
     }
 
+    /// This node, or the first below it that is no filter.
+    pub fn skip_filters(self: Arc<Node>) -> Arc<Node> {
+        let mut node = self;
+        while let Some(below) = node.filtered() {
+            node = below;
+        }
+        node
+    }
+
     /// This node, or the first below it that the user knows of.
     pub fn skip_implicit(self: Arc<Node>) -> Arc<Node> {
         let mut node = self;

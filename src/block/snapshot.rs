@@ -38,13 +38,13 @@ pub trait Moment {
     fn nodes(&self) -> Vec<Arc<Node>>;
 
     /// Does it; nothing of it is done on failure.
-    fn happen(&mut self) -> Result<()>;
+    fn happen(&mut self, graph: &mut Graph) -> Result<()>;
 
     /// Something else failed: makes it undone, at the same moment.
-    fn undo(&mut self);
+    fn undo(&mut self, graph: &mut Graph);
 
     /// All is well, and the guests go on.
-    fn keep(&mut self);
+    fn keep(&mut self, graph: &mut Graph);
 }
 
 fn backing_edge(node: &Node) -> Result<Arc<Edge>> {
@@ -95,7 +95,7 @@ impl Graph {
         });
         let mut happened = false;
         if done.is_ok() {
-            done = moment.happen();
+            done = moment.happen(self);
             happened = done.is_ok();
         }
         if done.is_ok() {
@@ -110,13 +110,13 @@ impl Graph {
         }
         if done.is_err() {
             if happened {
-                moment.undo();
+                moment.undo(self);
             }
             inside[..made].iter().for_each(Inside::undo);
         }
         drop(quiesced);
         done?;
-        moment.keep();
+        moment.keep(self);
         for o in overlays {
             if o.over.len() != o.node.len() {
                 let above =
@@ -136,11 +136,11 @@ impl Moment for () {
     fn nodes(&self) -> Vec<Arc<Node>> {
         Vec::new()
     }
-    fn happen(&mut self) -> Result<()> {
+    fn happen(&mut self, _: &mut Graph) -> Result<()> {
         Ok(())
     }
-    fn undo(&mut self) {}
-    fn keep(&mut self) {}
+    fn undo(&mut self, _: &mut Graph) {}
+    fn keep(&mut self, _: &mut Graph) {}
 }
 
 impl Inside {

@@ -17,7 +17,6 @@ use crate::block::graph::Graph;
 use crate::block::handle::{Handle, OnError};
 use crate::block::node::{Node, NodeOptions};
 use crate::error::{Error, Result};
-use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -87,6 +86,8 @@ pub struct Backup {
     bitmap: Option<Synced>,
     policies: (OnError, OnError),
     scratch: Scratch,
+    /// How much there is to copy, in bytes.
+    total: u64,
 }
 
 impl Backup {
@@ -118,6 +119,7 @@ impl Backup {
         graph.add(filter.clone())?;
         // No write is under way now, and none begins: this is the disk that the copy will be.
         let quiesced = graph.quiesce(&[source], &[]);
+        let mut total = copies.left();
         let done = (|| {
             let synced = match &spec.bitmap {
                 None => None,
@@ -131,6 +133,7 @@ impl Backup {
                 if let Some(s) = &synced {
                     copies.to_copy().merge(&s.bitmap);
                 }
+                total = copies.left();
             }
             let put = graph.edit(&quiesced, |edit| edit.insert_filter(&filter, source));
             if let (Err(_), Some(s)) = (&put, &synced) {
@@ -144,7 +147,8 @@ impl Backup {
         let policies = (spec.on_source_error, spec.on_target_error);
         match handle {
             Ok(handle) => {
-                Ok(Backup { sync: spec.sync, copies, filter, handle, bitmap, policies, scratch: Scratch::default() })
+                let scratch = Scratch::default();
+                Ok(Backup { sync: spec.sync, copies, filter, handle, bitmap, policies, scratch, total })
             }
             Err(e) => {
                 if let Some(s) = bitmap {
@@ -181,7 +185,7 @@ impl Backup {
             cx.pause_point()?;
             let step = self.attempt(cx, |copies, _| {
                 let (source, _) = copies.nodes().map_err(CopyError::Source)?;
-                let source = uppermost(source).map_err(CopyError::Source)?;
+                let source = source.skip_filters();
                 let left = copies.len() - at;
                 let found = source.status(at, left).map_err(CopyError::Source)?;
                 if found.kind == ExtentKind::Unallocated {
@@ -206,7 +210,7 @@ impl Backup {
     }
 
     fn copy_all(&mut self, cx: &JobCtx) -> Result<(), Stop> {
-        let total = self.copies.left();
+        let total = self.total;
         let mut at = 0;
         while at < self.copies.len() {
             self.check()?;
@@ -235,14 +239,6 @@ impl Backup {
     }
 }
 
-/// The node that has the image: filters show what it has.
-fn uppermost(mut node: Arc<Node>) -> io::Result<Arc<Node>> {
-    while let Some(edge) = node.driver.filtered() {
-        node = edge.need()?;
-    }
-    Ok(node)
-}
-
 fn remove(graph: &mut Graph, filter: &Arc<Node>) {
     if let Err(e) = graph.remove_filter(filter) {
         log::error!("node '{}' stays in the graph: {e}", filter.name);
@@ -252,15 +248,15 @@ fn remove(graph: &mut Graph, filter: &Arc<Node>) {
 impl Work for Backup {
     fn run(&mut self, cx: &JobCtx) -> Result<(), Stop> {
         if self.sync == Sync::None {
-            let total = self.copies.len();
             loop {
                 self.check()?;
-                cx.progress(total - self.copies.left(), total);
+                cx.progress(self.total.saturating_sub(self.copies.left()), self.total);
                 cx.sleep(Duration::from_millis(200))?;
             }
         }
         if self.sync == Sync::Top {
             self.leave_out_lower(cx)?;
+            self.total = self.copies.left();
         }
         self.copy_all(cx)?;
         while self

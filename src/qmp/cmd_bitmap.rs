@@ -7,6 +7,7 @@ use super::cmd_blockdev::find_node;
 use super::schema::Cx;
 use crate::block::bitmap::{Bitmap, Refuse};
 use crate::block::drive::Drive;
+use crate::block::graph::Graph;
 use crate::block::node::Node;
 use crate::block::snapshot::Moment;
 use crate::error::{Error, Result};
@@ -233,6 +234,11 @@ pub(super) struct Steps {
 }
 
 impl Steps {
+    /// True without any.
+    pub fn is_empty(&self) -> bool {
+        self.steps.is_empty()
+    }
+
     /// One more.
     pub fn push(&mut self, step: Step) {
         self.steps.push(step);
@@ -244,12 +250,12 @@ impl Moment for Steps {
         self.steps.iter().map(|s| s.node().clone()).collect()
     }
 
-    fn happen(&mut self) -> Result<()> {
+    fn happen(&mut self, graph: &mut Graph) -> Result<()> {
         for step in &self.steps {
             match step.run() {
                 Ok(undo) => self.done.push(undo),
                 Err(e) => {
-                    self.undo();
+                    self.undo(graph);
                     return Err(e);
                 }
             }
@@ -257,7 +263,7 @@ impl Moment for Steps {
         Ok(())
     }
 
-    fn undo(&mut self) {
+    fn undo(&mut self, _: &mut Graph) {
         for undo in std::mem::take(&mut self.done).into_iter().rev() {
             match undo {
                 Undo::Added(node, bitmap) => node.remove_bitmap(&bitmap),
@@ -272,7 +278,7 @@ impl Moment for Steps {
         }
     }
 
-    fn keep(&mut self) {
+    fn keep(&mut self, _: &mut Graph) {
         for undo in std::mem::take(&mut self.done) {
             if let Undo::Removed(node, bitmap) = undo
                 && let Err(e) = remove(&node, &bitmap)

@@ -3,6 +3,7 @@
 //! Owns: the commands' form, and QEMU's texts. Never: the moment of a snapshot (`block/snapshot.rs`).
 //! Threads: control. Locks: none.
 
+use super::cmd_backup::Backups;
 use super::cmd_bitmap::Steps;
 use super::cmd_blockdev::{find_node, find_root};
 use super::cmd_query_block::file_name;
@@ -10,10 +11,12 @@ use super::schema::Cx;
 use crate::block::driver;
 use crate::block::graph::{Graph, Parent};
 use crate::block::node::Node;
-use crate::block::snapshot::{Inside, Overlay, check_overlay};
+use crate::block::snapshot::{Inside, Moment, Overlay, check_overlay};
 use crate::control::formats::Formats;
 use crate::control::new_image::{self, NewBacking};
 use crate::error::{Error, Result, strerror};
+use crate::event::Events;
+use crate::jobs::registry::{Jobs, Txn};
 use crate::{bail, commands, wire_enum, wire_struct};
 use serde_json::Value;
 use std::sync::Arc;
@@ -121,12 +124,55 @@ wire_struct! {
 pub(super) struct Plan {
     overlays: Vec<Overlay>,
     inside: Vec<Inside>,
-    opened: Vec<Arc<Node>>,
+    /// Opened for it.
+    pub opened: Vec<Arc<Node>>,
     /// What is done with bitmaps.
     pub bitmaps: Steps,
+    /// What is copied from this moment on.
+    pub backups: Backups,
+    /// The jobs fail or succeed together.
+    pub grouped: bool,
+}
+
+/// What happens at the moment besides snapshots: first the bitmaps' steps, then backups begin.
+struct Others<'a> {
+    bitmaps: &'a mut Steps,
+    backups: &'a mut Backups,
+    jobs: &'a mut Jobs,
+    events: Events,
+    txn: Option<Txn>,
+}
+
+impl Moment for Others<'_> {
+    fn nodes(&self) -> Vec<Arc<Node>> {
+        let mut nodes = self.bitmaps.nodes();
+        nodes.extend(self.backups.nodes());
+        nodes
+    }
+
+    fn happen(&mut self, graph: &mut Graph) -> Result<()> {
+        self.bitmaps.happen(graph)?;
+        let begun = self.backups.happen(graph, self.jobs, &self.events, self.txn);
+        begun.inspect_err(|_| self.bitmaps.undo(graph))
+    }
+
+    fn undo(&mut self, graph: &mut Graph) {
+        self.backups.undo(graph, self.jobs);
+        self.bitmaps.undo(graph);
+    }
+
+    fn keep(&mut self, graph: &mut Graph) {
+        self.bitmaps.keep(graph);
+        self.backups.keep(graph, self.jobs);
+    }
 }
 
 impl Plan {
+    /// Nothing but what is being planned: what it needs must be there already.
+    pub fn is_plain(&self) -> bool {
+        self.overlays.is_empty() && self.bitmaps.is_empty()
+    }
+
     /// The overlay that is to be on top of `node`.
     fn over(&self, node: &Arc<Node>) -> Option<&Arc<Node>> {
         self.overlays.iter().find(|o| Arc::ptr_eq(&o.node, node)).map(|o| &o.over)
@@ -157,8 +203,11 @@ impl Plan {
 pub(super) fn run(cx: &mut Cx, prepare: impl FnOnce(&mut Cx, &mut Plan) -> Result<()>) -> Result<()> {
     let mut plan = Plan::default();
     let done = prepare(cx, &mut plan).and_then(|()| {
-        let Plan { overlays, inside, bitmaps, .. } = &mut plan;
-        cx.vm.graph.snapshot(overlays, inside, bitmaps)
+        let Plan { overlays, inside, bitmaps, backups, grouped, .. } = &mut plan;
+        let vm = &mut *cx.vm;
+        let txn = grouped.then(|| vm.jobs.new_txn());
+        let mut others = Others { bitmaps, backups, jobs: &mut vm.jobs, events: vm.events.clone(), txn };
+        vm.graph.snapshot(overlays, inside, &mut others)
     });
     plan.opened.iter().for_each(|n| cx.vm.graph.disown(n));
     drop(plan);

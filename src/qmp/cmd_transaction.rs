@@ -4,8 +4,10 @@
 //! planned happens in [`Graph::snapshot`](crate::block::graph::Graph::snapshot), while the guests
 //! wait. Threads: control. Locks: none.
 
+use super::cmd_backup::*;
 use super::cmd_bitmap::*;
 use super::cmd_snapshot::*;
+use super::job_types::{ActionCompletionMode, TransactionProperties};
 use super::schema::Cx;
 use crate::error::Result;
 use crate::qapi::Empty;
@@ -19,6 +21,8 @@ commands! {
     "transaction" => transaction {
         /// What to do, in order.
         actions: Vec<TransactionAction>,
+        /// How its jobs go together.
+        properties: Option<TransactionProperties>,
     } -> ();
 }
 
@@ -51,6 +55,22 @@ wire_struct! {
     pub struct BlockDirtyBitmapMergeWrapper {
         /// The command's arguments.
         data: BlockDirtyBitmapMerge,
+    }
+}
+
+wire_struct! {
+    /// `data` of `blockdev-backup`.
+    pub struct BlockdevBackupWrapper {
+        /// The command's arguments.
+        data: BlockdevBackup,
+    }
+}
+
+wire_struct! {
+    /// `data` of `drive-backup`.
+    pub struct DriveBackupWrapper {
+        /// The command's arguments.
+        data: DriveBackup,
     }
 }
 
@@ -97,17 +117,29 @@ wire_union! {
         "block-dirty-bitmap-disable" BitmapDisable(BlockDirtyBitmapWrapper),
         /// A bitmap gets what others have.
         "block-dirty-bitmap-merge" BitmapMerge(BlockDirtyBitmapMergeWrapper),
+        /// A copy of a disk as it is at the moment, to a node.
+        "blockdev-backup" BlockdevBackup(BlockdevBackupWrapper),
         /// An open image on top of a disk.
         "blockdev-snapshot" Snapshot(BlockdevSnapshotWrapper),
         /// A snapshot inside an image.
         "blockdev-snapshot-internal-sync" Internal(BlockdevSnapshotInternalWrapper),
         /// A new image on top of a disk.
         "blockdev-snapshot-sync" Sync(BlockdevSnapshotSyncWrapper),
+        /// A copy of a disk as it is at the moment, to a file.
+        "drive-backup" DriveBackup(DriveBackupWrapper),
     }
 }
 
-fn transaction(cx: &mut Cx, actions: Vec<TransactionAction>) -> Result<()> {
-    run(cx, |cx, plan| actions.into_iter().try_for_each(|action| plan_action(cx, plan, action.kind)))
+fn transaction(
+    cx: &mut Cx,
+    actions: Vec<TransactionAction>,
+    properties: Option<TransactionProperties>,
+) -> Result<()> {
+    let mode = properties.and_then(|p| p.completion_mode).unwrap_or_default();
+    run(cx, |cx, plan| {
+        plan.grouped = mode == ActionCompletionMode::Grouped;
+        actions.into_iter().try_for_each(|action| plan_action(cx, plan, action.kind))
+    })
 }
 
 fn plan_action(cx: &mut Cx, plan: &mut Plan, action: TransactionActionKind) -> Result<()> {
@@ -118,6 +150,8 @@ fn plan_action(cx: &mut Cx, plan: &mut Plan, action: TransactionActionKind) -> R
         Kind::Snapshot(w) => return plan_overlay(cx, plan, w.data),
         Kind::Internal(w) => return plan_internal(cx, plan, w.data),
         Kind::Sync(w) => return plan_sync(cx, plan, w.data),
+        Kind::BlockdevBackup(w) => return plan_blockdev(cx, plan, w.data),
+        Kind::DriveBackup(w) => return plan_drive(cx, plan, w.data),
         Kind::BitmapAdd(w) => plan_add(cx, w.data, &look)?,
         Kind::BitmapRemove(w) => plan_remove(cx, w.data, &look)?,
         Kind::BitmapClear(w) => plan_clear(cx, w.data, &look)?,

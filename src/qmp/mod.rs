@@ -9,6 +9,7 @@ pub mod schema;
 pub mod server;
 pub mod wire;
 
+mod cmd_backup;
 mod cmd_bitmap;
 mod cmd_blockdev;
 mod cmd_core;
@@ -25,6 +26,7 @@ mod cmd_quorum;
 mod cmd_snapshot;
 mod cmd_throttle;
 mod cmd_transaction;
+mod job_types;
 mod query_block_types;
 
 /// Every command, one table a file.
@@ -45,4 +47,5 @@ static TABLES: &[&[schema::Command]] = &[
     cmd_job::JOB,
     cmd_create::CREATE,
     cmd_nbd::NBD,
+    cmd_backup::BACKUP,
 ];
