@@ -112,8 +112,13 @@ fn a_failed_copy_fails_the_write_or_breaks_the_copy() {
     for break_snapshot in [false, true] {
         let fill = vec![5; LEN];
         let mut s = setup(&fill);
-        let (filter, copies) =
-            filter(("cbw", NodeOptions::default()), &s.disk, &s.target, CopyOptions { break_snapshot, ..OPTIONS }).unwrap();
+        let (filter, copies) = filter(
+            ("cbw", NodeOptions::default()),
+            &s.disk,
+            &s.target,
+            CopyOptions { break_snapshot, ..OPTIONS },
+        )
+        .unwrap();
         s.graph.insert_filter(&filter, &s.disk).unwrap();
         s.target_state.fail.store(libc::ENOSPC, Ordering::SeqCst);
         let done = s.guest.write(100, &Iov::from_slice(&[9; 10]), Flags::NONE);

@@ -204,7 +204,9 @@ impl Backup {
 
     fn check(&self) -> Result<(), Stop> {
         if self.copies.broken() {
-            return Err(Stop::Failed(Error::new("a write of the guest could not be copied before it was done")));
+            return Err(Stop::Failed(Error::new(
+                "a write of the guest could not be copied before it was done",
+            )));
         }
         Ok(())
     }

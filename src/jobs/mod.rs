@@ -6,8 +6,8 @@
 //!
 //! Knows no QMP text beyond the errors a user sees, and no guests.
 
-pub mod create;
 pub mod backup;
+pub mod create;
 pub mod job;
 pub mod rate;
 pub mod registry;

@@ -133,9 +133,8 @@ pub(super) fn plan_drive(cx: &mut Cx, plan: &mut Plan, args: DriveBackup) -> Res
         _ => None,
     };
     if args.mode.unwrap_or_default() == NewImageMode::AbsolutePaths {
-        let backing = backing
-            .as_ref()
-            .map(|b| NewBacking { name: file_name(b), format: b.driver.name().to_string() });
+        let backing =
+            backing.as_ref().map(|b| NewBacking { name: file_name(b), format: b.driver.name().to_string() });
         let env = Formats::new(&mut cx.vm.fds, &cx.vm.objects);
         new_image::make(&env, &args.target, format, source.len(), backing)?;
     }
@@ -154,7 +153,13 @@ pub(super) fn plan_drive(cx: &mut Cx, plan: &mut Plan, args: DriveBackup) -> Res
     push(cx, plan, args.common.0, source, target)
 }
 
-fn push(cx: &mut Cx, plan: &mut Plan, args: BackupCommon, source: Arc<Node>, target: Arc<Node>) -> Result<()> {
+fn push(
+    cx: &mut Cx,
+    plan: &mut Plan,
+    args: BackupCommon,
+    source: Arc<Node>,
+    target: Arc<Node>,
+) -> Result<()> {
     bitmap_rules(&args)?;
     let id = job_id(cx, args.job_id.clone(), &source)?;
     cx.vm.check_idle(&source)?;
