@@ -8,8 +8,11 @@
 
 pub mod backup;
 pub mod create;
+pub mod filter;
 pub mod job;
+pub mod layers;
 pub mod rate;
 pub mod registry;
+pub mod stream;
 pub mod table;
 mod txn;

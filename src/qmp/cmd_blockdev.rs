@@ -97,6 +97,7 @@ fn block_resize(cx: &mut Cx, device: Option<String>, node_name: Option<String>, 
     let Ok(size) = u64::try_from(size) else {
         return Err(Error::new("Parameter 'size' expects a >0 size"));
     };
+    cx.vm.check_idle(&node)?;
     cx.vm.graph.resize(&node, size)
 }
 
@@ -114,6 +115,9 @@ fn set_write_threshold(cx: &mut Cx, node_name: String, threshold: u64) -> Result
 pub(super) fn find_root(cx: &Cx, device: &str) -> Result<Arc<Node>> {
     let node = find_node(cx, Some(device), Some(device))?;
     let by_drive = cx.vm.drives.find(device).is_some();
+    if cx.vm.job_on(&node).is_some() {
+        bail!("Need a root block node");
+    }
     if !by_drive && cx.vm.graph.parents(&node).iter().any(|p| matches!(p, Parent::Node(..))) {
         bail!("Need a root block node");
     }

@@ -237,6 +237,7 @@ pub(super) fn planned(cx: &Cx, plan: &Plan, device: Option<&str>, node: Option<&
 /// As a part of a transaction.
 pub(super) fn plan_overlay(cx: &mut Cx, plan: &mut Plan, args: BlockdevSnapshot) -> Result<()> {
     let node = planned(cx, plan, Some(&args.node), Some(&args.node))?;
+    cx.vm.check_idle(&node)?;
     plan.check_free(&cx.vm.graph, &node)?;
     let over = find_node(cx, Some(&args.overlay), Some(&args.overlay))?;
     if plan.overlays.iter().any(|o| Arc::ptr_eq(&o.over, &over)) || Arc::ptr_eq(&over, &node) {
@@ -250,6 +251,7 @@ pub(super) fn plan_overlay(cx: &mut Cx, plan: &mut Plan, args: BlockdevSnapshot)
 /// As a part of a transaction.
 pub(super) fn plan_sync(cx: &mut Cx, plan: &mut Plan, args: BlockdevSnapshotSync) -> Result<()> {
     let node = planned(cx, plan, args.device.as_deref(), args.node_name.as_deref())?;
+    cx.vm.check_idle(&node)?;
     plan.check_free(&cx.vm.graph, &node)?;
     if args.node_name.is_some() && args.name.is_none() {
         bail!("New overlay node-name missing");

@@ -24,9 +24,11 @@ mod cmd_oob;
 mod cmd_query_block;
 mod cmd_quorum;
 mod cmd_snapshot;
+mod cmd_stream;
 mod cmd_throttle;
 mod cmd_transaction;
 mod job_types;
+mod job_options;
 mod query_block_types;
 
 /// Every command, one table a file.
@@ -45,6 +47,7 @@ static TABLES: &[&[schema::Command]] = &[
     cmd_throttle::THROTTLE,
     cmd_object::OBJECT,
     cmd_job::JOB,
+    cmd_stream::STREAM,
     cmd_create::CREATE,
     cmd_nbd::NBD,
     cmd_backup::BACKUP,

@@ -1,0 +1,65 @@
+//! The images of a chain from one down to another: what lies in them, seen from above.
+//!
+//! Owns: nothing. Never: reads data. Threads: any, with a ticket of a handle above the images in hand,
+//! or the control thread. Locks: none.
+
+use crate::block::driver::ExtentKind;
+use crate::block::node::{Edge, Node};
+use std::io;
+use std::sync::Arc;
+
+/// The edge to the backing file, if the node is of a format that has one.
+pub fn backing_edge(node: &Node) -> Option<Arc<Edge>> {
+    node.driver.edges().into_iter().find(|e| e.role == "backing")
+}
+
+/// The node that is the backing file, which may be a filter.
+pub fn backing(node: &Node) -> Option<Arc<Node>> {
+    backing_edge(node)?.node()
+}
+
+/// The node itself, or what lies below the filters that it is.
+pub fn skip_filters(node: Arc<Node>) -> Arc<Node> {
+    std::iter::successors(Some(node.clone()), |n| n.filtered()).last().unwrap_or(node)
+}
+
+/// The image below: the backing file, filters left out.
+pub fn below(node: &Arc<Node>) -> Option<Arc<Node>> {
+    backing(node).map(skip_filters)
+}
+
+/// All images from `top` on, itself included, uppermost first, filters left out.
+pub fn chain(top: Arc<Node>) -> impl Iterator<Item = Arc<Node>> {
+    std::iter::successors(Some(skip_filters(top)), below)
+}
+
+/// What some images say of a place.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Found {
+    /// Nothing: what lies below them shows through.
+    Nothing,
+    /// It reads as zeroes, whatever lies below them.
+    Zero,
+    /// Data.
+    Data,
+}
+
+/// What `images`, uppermost first, have at `off`, and for how many bytes, at most `len` > 0. Where an
+/// image is shorter than the ones above, it reads as zeroes, and hides what lies below it.
+pub fn find(images: &[Arc<Node>], off: u64, len: u64) -> io::Result<(Found, u64)> {
+    let mut len = len;
+    for image in images {
+        let end = image.len();
+        if off >= end {
+            return Ok((Found::Zero, len));
+        }
+        let extent = image.status(off, len.min(end - off))?;
+        len = extent.len;
+        match extent.kind {
+            ExtentKind::Data => return Ok((Found::Data, len)),
+            ExtentKind::Zero => return Ok((Found::Zero, len)),
+            ExtentKind::Unallocated => {}
+        }
+    }
+    Ok((Found::Nothing, len))
+}

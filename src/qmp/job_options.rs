@@ -1,0 +1,95 @@
+//! What the commands that start jobs have in common.
+//!
+//! Owns: their common arguments, and QEMU's texts about them. Never: what a job does. Threads: control.
+//! Locks: none.
+
+use super::schema::Cx;
+use crate::bail;
+use crate::block::node::Node;
+use crate::error::{Error, Result};
+use crate::jobs::layers;
+use crate::jobs::registry::Spec;
+use crate::jobs::table::Kind;
+use crate::wire_struct;
+use std::sync::Arc;
+
+wire_struct! {
+    /// Arguments of every job.
+    pub struct JobOptions {
+        /// The job's name (default: the drive's).
+        "job-id" job_id: Option<String>,
+        /// The disk.
+        device: String,
+        /// Bytes per second (default: 0, no limit).
+        speed: Option<i64>,
+        /// Do the last step without being told to (default: true).
+        "auto-finalize" auto_finalize: Option<bool>,
+        /// Be forgotten without being told to (default: true).
+        "auto-dismiss" auto_dismiss: Option<bool>,
+    }
+}
+
+/// What a job is made with, on the disk `node`.
+pub(super) fn spec(cx: &Cx, kind: Kind, o: &JobOptions, node: &Arc<Node>) -> Spec {
+    let id = match &o.job_id {
+        Some(id) => id.clone(),
+        None => drive_of(cx, node),
+    };
+    Spec {
+        speed: o.speed.unwrap_or(0),
+        auto_finalize: o.auto_finalize.unwrap_or(true),
+        auto_dismiss: o.auto_dismiss.unwrap_or(true),
+        ..Spec::new(id, kind)
+    }
+}
+
+/// The name of the drive whose node this is, or "".
+fn drive_of(cx: &Cx, node: &Arc<Node>) -> String {
+    let is_it = |n: Arc<Node>| Arc::ptr_eq(&n.skip_implicit(), &node.clone().skip_implicit());
+    let found = cx.vm.drives.iter().find(|d| !d.name().is_empty() && d.handle.node().is_some_and(is_it));
+    found.map(|d| d.name().to_string()).unwrap_or_default()
+}
+
+/// The node called `name`, for arguments that name nodes only.
+pub(super) fn by_node_name(cx: &Cx, name: &str) -> Result<Arc<Node>> {
+    let lost = || Error::new(format!("Cannot find device='' nor node-name='{name}'"));
+    cx.vm.graph.find(name).cloned().ok_or_else(lost)
+}
+
+/// The image below `top` in its chain whose file is called `name`: as the image above records it, or
+/// as a path to the same file (QEMU's bdrv_find_backing_image).
+pub(super) fn find_backing(top: &Arc<Node>, name: &str) -> Option<Arc<Node>> {
+    let real = |path: &str| std::fs::canonicalize(path).ok();
+    let mut chain = layers::chain(top.clone());
+    let mut above = chain.next()?;
+    for node in chain {
+        let recorded = above.driver.info().backing_filename;
+        let file = super::cmd_query_block::file_name(&node);
+        if recorded.as_deref() == Some(name) || file == name {
+            return Some(node);
+        }
+        let own = above.driver.filename();
+        let meant = crate::block::open::combine(&own, name);
+        if let (Some(a), Some(b)) = (real(&meant), real(&file))
+            && a == b
+        {
+            return Some(node);
+        }
+        above = node;
+    }
+    None
+}
+
+/// The image below `top`, which messages call `device`, with that file name; or QEMU's text.
+pub(super) fn need_backing(top: &Arc<Node>, name: &str) -> Result<Arc<Node>> {
+    match find_backing(top, name) {
+        Some(node) => Ok(node),
+        None => bail!("Can't find '{name}' in the backing chain"),
+    }
+}
+
+/// True when `node` is `top` or below it in the chain.
+pub(super) fn in_chain(top: &Arc<Node>, node: &Arc<Node>) -> bool {
+    let step = |n: &Arc<Node>| n.filtered().or_else(|| layers::backing(n));
+    std::iter::successors(Some(top.clone()), step).any(|n| Arc::ptr_eq(&n, node))
+}
