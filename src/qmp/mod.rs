@@ -27,8 +27,8 @@ mod cmd_snapshot;
 mod cmd_stream;
 mod cmd_throttle;
 mod cmd_transaction;
-mod job_types;
 mod job_options;
+mod job_types;
 mod query_block_types;
 
 /// Every command, one table a file.
