@@ -1,9 +1,9 @@
 use super::*;
 use crate::block::driver::{Driver, Flags, Limits};
 use crate::block::node::{Edge, NodeOptions};
-use crate::block::open::{self, Child, Common, Env, PassedFd, Plan};
+use crate::block::open::{self, Child, Common, Plan};
 use crate::block::raw::RawPlan;
-use crate::error::Result;
+use crate::block::testing::NoEnv;
 use crate::sys::iov::{Iov, IovMut};
 
 /// A layer of 10 letters of 100 bytes each: `d`ata, `z`ero, `-` not here.
@@ -65,26 +65,6 @@ fn each_place_is_found_where_it_lies() {
     assert_eq!(contents(&top, 0, 30).unwrap().len, 30);
 }
 
-struct Nothing;
-
-impl Env for Nothing {
-    fn layer(&self, _: &str, _: Child) -> Option<Plan> {
-        None
-    }
-    fn parse(&self, _: serde_json::Value) -> Result<Plan> {
-        crate::bail!("no")
-    }
-    fn protocol(&self, _: &str, _: &str) -> Option<Plan> {
-        None
-    }
-    fn secret(&self, _: &str) -> Result<Vec<u8>> {
-        crate::bail!("no")
-    }
-    fn fdset(&self, _: &str, _: i32) -> Result<PassedFd> {
-        crate::bail!("no")
-    }
-}
-
 /// `raw` once passed on its child's "not in this node", which its users took for zeroes.
 #[test]
 fn a_raw_window_into_an_overlay_has_the_contents_of_the_chain() {
@@ -97,6 +77,6 @@ fn a_raw_window_into_an_overlay_has_the_contents_of_the_chain() {
     let raw = RawPlan { file: Child::Node("top".into()), offset: Some(50), size: Some(100) };
     let plan =
         Plan { common: Common { node_name: Some("raw".into()), ..Common::default() }, driver: Box::new(raw) };
-    let node = open::add(&mut graph, &Nothing, plan).unwrap();
+    let node = open::add(&mut graph, &NoEnv, plan).unwrap();
     assert_eq!(at(&node, 0), (false, 1, 50));
 }

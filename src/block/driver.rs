@@ -416,6 +416,10 @@ pub trait Driver: Send + Sync {
         None
     }
 
+    /// The process is about to end: requests to somebody who does not answer fail soon, from now
+    /// on. Control thread; requests may be under way.
+    fn give_up(&self) {}
+
     /// Writes back what is held in memory and marks the image clean. Called once, by the control
     /// thread, when no request runs any more; afterwards the node is dropped.
     fn close(&self) -> io::Result<()> {

@@ -284,6 +284,11 @@ impl Graph {
         done.into_iter().collect()
     }
 
+    /// The end of the process is near: nobody waits long for a server that does not answer.
+    pub fn give_up(&self) {
+        self.nodes.iter().for_each(|e| e.node.driver.give_up());
+    }
+
     /// The end of the process: detaches every handle and closes every node.
     pub fn close_all(&mut self) {
         for handle in std::mem::take(&mut self.handles) {

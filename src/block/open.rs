@@ -138,7 +138,8 @@ pub trait Env {
     /// The node that a `json:{…}` file name describes.
     fn parse(&self, options: serde_json::Value) -> Result<Plan>;
 
-    /// The protocol driver `driver` (`file`, `host_device`) on `filename`, with default options.
+    /// The protocol driver `driver` (`file`, `host_device`) on `filename`, with default options; or
+    /// the one that the whole name `filename` belongs to, which begins with `driver` and a colon.
     fn protocol(&self, driver: &str, filename: &str) -> Option<Plan>;
 
     /// The object of that name, if it is a throttle group.
@@ -375,7 +376,8 @@ pub fn from_file_name(env: &dyn Env, name: &str) -> Result<Plan> {
     if path.len() == name.len()
         && let Some(protocol) = protocol_of(name)
     {
-        bail!("Unknown protocol '{protocol}'");
+        let unknown = || Error::new(format!("Unknown protocol '{protocol}'"));
+        return env.protocol(protocol, name).ok_or_else(unknown);
     }
     let driver = if is_device(path) { "host_device" } else { "file" };
     env.protocol(driver, path).ok_or_else(|| Error::new(format!("Unknown driver '{driver}'")))

@@ -18,6 +18,8 @@ use crate::block::quorum::{QuorumPlan, QuorumReadPattern};
 use crate::block::raw::RawPlan;
 use crate::block::throttle::Group;
 use crate::error::{Error, Result};
+use crate::nbd::driver::{BlockdevOptionsNbd, NbdPlan};
+use crate::nbd::uri;
 use crate::qapi::{self, Flat, Null, Wire};
 use crate::qcow2::{self, plan::Qcow2Plan};
 use crate::sys::fdset::FdSets;
@@ -73,6 +75,8 @@ wire_union! {
         "file" File(BlockdevOptionsFile),
         /// A block device of the host.
         "host_device" HostDevice(BlockdevOptionsFile),
+        /// A disk on an NBD server.
+        "nbd" Nbd(Box<BlockdevOptionsNbd>),
         /// No storage: writes are forgotten.
         "null-aio" NullAio(BlockdevOptionsNull),
         /// No storage: writes are forgotten.
@@ -299,6 +303,7 @@ pub fn plan(options: BlockdevOptions) -> Result<Plan> {
         BlockdevDriver::File(options) | BlockdevDriver::HostDevice(options) => {
             Box::new(FilePlan { name, options })
         }
+        BlockdevDriver::Nbd(options) => Box::new(NbdPlan::Options(options)),
         BlockdevDriver::NullAio(options) | BlockdevDriver::NullCo(options) => {
             Box::new(NullPlan { name, options })
         }
@@ -386,6 +391,10 @@ impl Env for Formats<'_> {
     }
 
     fn protocol(&self, driver: &str, filename: &str) -> Option<Plan> {
+        if uri::PROTOCOLS.contains(&driver) {
+            let driver = Box::new(NbdPlan::Name(filename.into()));
+            return Some(Plan { common: Common::default(), driver });
+        }
         let name = ["file", "host_device"].into_iter().find(|n| *n == driver)?;
         let driver = Box::new(FilePlan::new(name, filename));
         Some(Plan { common: Common::default(), driver })

@@ -315,6 +315,7 @@ impl Vm {
     /// The end: nothing runs any more, and all disks are written back and closed. The first error
     /// of a disk is returned.
     pub fn shut_down(&mut self) -> io::Result<()> {
+        self.graph.give_up();
         let _hurry = self.graph.hurry();
         // The threads end where they would pause: to pause first would only wait twice.
         if let Some(machine) = &mut self.machine {

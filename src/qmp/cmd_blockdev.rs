@@ -64,6 +64,7 @@ fn blockdev_add(cx: &mut Cx, options: BlockdevOptions) -> Result<()> {
         options.driver,
         BlockdevDriver::File(_)
             | BlockdevDriver::HostDevice(_)
+            | BlockdevDriver::Nbd(_)
             | BlockdevDriver::NullAio(_)
             | BlockdevDriver::NullCo(_)
     );

@@ -5,11 +5,12 @@
 //! several threads read, or write, sees to it that they take turns).
 
 use super::iov::{Iov, IovMut};
+use super::poll::PollSet;
 use super::unix;
 use std::io;
 use std::mem;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Pieces that one system call takes (the kernel's limit is 1024).
 const PIECES: usize = 1000;
@@ -80,6 +81,27 @@ impl Stream {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(n) => at += n,
                 Err(_) => retry(io::Error::last_os_error())?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Fills `to` before `deadline`, however slowly the bytes come; `TimedOut` after it.
+    pub fn recv_by(&self, to: &mut [u8], deadline: Instant) -> io::Result<()> {
+        let mut at = 0;
+        let mut set = PollSet::default();
+        while at < to.len() {
+            match self.recv(&mut to[at..], false) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(n) => at += n,
+                Err(e) if e.kind() != io::ErrorKind::WouldBlock => return Err(e),
+                Err(_) if Instant::now() >= deadline => return Err(io::ErrorKind::TimedOut.into()),
+                Err(_) => {
+                    set.clear();
+                    set.add(self.0.as_raw_fd(), libc::POLLIN);
+                    set.until(deadline);
+                    set.wait()?;
+                }
             }
         }
         Ok(())
@@ -160,6 +182,10 @@ mod tests {
         b.set_patience(Some(Duration::from_millis(20))).unwrap();
         assert_eq!(b.recv(&mut [0; 4], true).unwrap_err().kind(), io::ErrorKind::WouldBlock);
         b.set_patience(None).unwrap();
+        a.set_nonblocking(false).unwrap();
+        let (start, limit) = (Instant::now(), Duration::from_millis(60));
+        let e = b.recv_by(&mut [0; 4], start + limit).unwrap_err();
+        assert_eq!((e.kind(), start.elapsed() >= limit), (io::ErrorKind::TimedOut, true));
         let waiter = b.clone();
         let t = std::thread::spawn(move || waiter.recv(&mut [0; 4], true).unwrap());
         std::thread::sleep(Duration::from_millis(50));
