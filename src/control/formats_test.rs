@@ -12,6 +12,7 @@ fn every_driver_that_can_be_named_can_be_opened() {
         let options = match *word {
             "file" | "host_device" => json!({"driver": word, "filename": path}),
             "null-co" | "null-aio" => json!({"driver": word}),
+            "nbd" => json!({"driver": word, "server": {"type": "unix", "path": "x"}}),
             "throttle" => json!({"driver": word, "throttle-group": "g", "file": "x"}),
             "blkverify" => json!({"driver": word, "raw": "x", "test": "y"}),
             "quorum" => json!({"driver": word, "vote-threshold": 1, "children": ["x"]}),
