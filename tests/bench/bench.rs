@@ -5,10 +5,11 @@
 //! On a machine that does other things as well, start, fleet and qmp are best run in a real-time class
 //! (`chrt -f 10 just bench start fleet qmp`): else they measure the others.
 //!
-//!     cargo bench --bench bench -- [start|memory|fleet|qmp|disk|qcow2] … [rounds=N]
+//!     cargo bench --bench bench -- [start|memory|fleet|qmp|disk|qcow2|jobs] … [rounds=N]
 
 mod disk;
 mod fleet;
+mod jobs;
 mod memory;
 mod qcow2;
 mod qmp;
@@ -33,6 +34,7 @@ fn main() {
         ("qmp", qmp::run),
         ("disk", disk::run),
         ("qcow2", qcow2::run),
+        ("jobs", jobs::run),
     ] {
         if names.is_empty() || names.contains(&name) {
             println!("== {name}");
