@@ -313,32 +313,6 @@ fn snapshots_are_listed_as_they_were_taken() {
     }
 }
 
-/// Bitmaps that QEMU stored would be wrong after our writes: they are not kept as if they were
-/// right, and nothing else is harmed.
-#[test]
-fn stored_bitmaps_are_declared_inconsistent() {
-    if !have_qemu() {
-        return;
-    }
-    let dir = Dir::new("bitmaps");
-    let path = dir.path("image.qcow2");
-    let name = path.to_str().unwrap();
-    qemu("qemu-img", &["create", "-f", "qcow2", name, "64M"]);
-    qemu("qemu-img", &["bitmap", "--add", name, "b0"]);
-    let disk = host_disk(&path);
-    assert_eq!(disk.copy()[95] & 1, 1);
-    let image = open_image(&disk, None, Options { read_only: true, ..Options::default() }).unwrap();
-    let report = image.check().unwrap();
-    assert_eq!((report.errors.len(), report.leaks), (0, 0), "{report:?}");
-    drop(image);
-    let image = open_image(&disk, None, Options::default()).unwrap();
-    assert_eq!(disk.copy()[95] & 1, 0, "before the first write");
-    write(&image, 0, &[1; 4096]).unwrap();
-    image.close().unwrap();
-    let path = dir.save("image.qcow2", &disk);
-    qemu_check(&path, true);
-}
-
 /// While a flush is on its way, others share it: no more syncs than one or two flushes need.
 #[test]
 fn flushes_of_several_threads_are_shared() {

@@ -30,6 +30,7 @@ impl Graph {
         for (n, one) in all.iter().enumerate() {
             if let Err(e) = one.driver.set_read_only(read_only) {
                 turn_back(&all[..n], read_only);
+                begin_again(&all[..n], read_only);
                 return Err(e.into());
             }
         }
@@ -45,6 +46,7 @@ impl Graph {
             if let Err(e) = self.refresh() {
                 log::error!("the permissions of before could not be had again: {e}");
             }
+            begin_again(&all, read_only);
         }
         done
     }
@@ -67,6 +69,15 @@ fn turn_back(nodes: &[Arc<Node>], read_only: bool) {
     for node in nodes {
         if let Err(e) = node.driver.set_read_only(!read_only) {
             log::error!("node '{}' does not turn back: {e}", node.name);
+        }
+    }
+}
+
+/// Those that were to turn read-only are writable again: what they wrote for that is out of date.
+fn begin_again(nodes: &[Arc<Node>], read_only: bool) {
+    for node in nodes.iter().rev().filter(|_| read_only) {
+        if let Err(e) = node.driver.begin_writing() {
+            log::error!("node '{}' should not be written to: {e}", node.name);
         }
     }
 }

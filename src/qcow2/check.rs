@@ -8,11 +8,11 @@
 //! names it a million times. Memory: about 16 bytes for each cluster in use.
 
 use super::Qcow2;
+use super::bitmap_dir::read_table;
 use super::cache::ByOffset;
-use super::corrupt::corrupt;
 use super::header::INCOMPAT_DIRTY;
 use super::meta::{Meta, read_padded};
-use super::types::{COMPRESSED, COPIED, OFFSET_MASK, REFTABLE_MASK, be32, be64};
+use super::types::{COMPRESSED, COPIED, OFFSET_MASK, REFTABLE_MASK, be64};
 use crate::block::node::Node;
 use std::collections::{HashMap, HashSet};
 use std::io;
@@ -175,26 +175,15 @@ impl Walk<'_> {
     /// The stored bitmaps' directory, tables and data.
     fn bitmaps(&mut self) -> io::Result<()> {
         let Some(ext) = self.meta.header.bitmaps else { return Ok(()) };
-        let size = self.meta.geo.cluster_size();
+        let geo = self.meta.geo;
         self.count("bitmap directory", ext.offset, ext.size);
-        let mut dir = vec![0; ext.size as usize];
-        read_padded(self.file, ext.offset, &mut dir)?;
-        let mut rest = dir.as_slice();
-        while rest.len() >= 24 {
-            let (table, entries) = (be64(rest, 0), u64::from(be32(rest, 8)));
-            let name = (be32(rest, 16) & 0xffff) as usize;
-            let extra = be32(rest, 20) as usize;
-            if entries * 8 > 64 << 20 {
-                return Err(corrupt("a bitmap's table is too large"));
-            }
-            self.count("bitmap table", table, entries * 8);
-            for entry in read_words(self.file, table, entries * 8)? {
+        for stored in self.meta.stored.clone() {
+            self.count("bitmap table", stored.table, u64::from(stored.entries) * 8);
+            for entry in read_table(self.file, &geo, &stored)? {
                 if entry & OFFSET_MASK != 0 {
-                    self.count("bitmap data", entry & OFFSET_MASK, size);
+                    self.count("bitmap data", entry & OFFSET_MASK, geo.cluster_size());
                 }
             }
-            let len = (24 + name).saturating_add(extra).next_multiple_of(8);
-            rest = rest.get(len..).unwrap_or(&[]);
         }
         Ok(())
     }

@@ -162,7 +162,8 @@ fn plan(o: &CreateOptions) -> io::Result<Header> {
         data_file: o.data_file.clone(),
         bitmaps: None,
         crypto: None,
-        feature_names: (o.version >= 3).then(header::feature_name_table),
+        // In small clusters it would leave no room for anything else.
+        feature_names: (o.version >= 3 && o.cluster_size > 4096).then(header::feature_name_table),
         unknown_extensions: Vec::new(),
     };
     let entries = h.geometry().l1_entries(o.size);

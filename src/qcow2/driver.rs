@@ -4,15 +4,19 @@
 //! [`Driver`](crate::block::driver::Driver) says.
 
 use super::Qcow2;
+use super::bitmap_dir::Stored;
 use super::header;
 use super::meta::{Map, Meta};
 use super::open::Options;
+use crate::block::bitmaps::Bitmaps;
 use crate::block::debug::BlkdebugEvent;
-use crate::block::driver::{Driver, Extent, ExtentKind, Flags, ImageInfo, Internal, Limits, Perm, Snapshot};
+use crate::block::driver::{
+    Driver, Extent, ExtentKind, Flags, ImageInfo, Internal, Limits, Perm, Snapshot, StoredBitmaps,
+};
 use crate::block::node::Edge;
 use crate::block::perm;
 use crate::sys::iov::{Iov, IovMut};
-use serde_json::{Map as Object, Value};
+use serde_json::{Map as Object, Value, json};
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -43,6 +47,7 @@ impl Qcow2 {
             users: [AtomicUsize::new(0), AtomicUsize::new(0)],
             awaited: AtomicBool::new(false),
             decompressed: Mutex::new(None),
+            bitmaps: Arc::default(),
             bug: options.bug,
             clean_interval: match options.cache_clean_interval.unwrap_or(600) {
                 0 => None,
@@ -201,6 +206,14 @@ impl Driver for Qcow2 {
         self.resize_to(len)
     }
 
+    fn stored_bitmaps(&self) -> Option<&dyn StoredBitmaps> {
+        Some(self)
+    }
+
+    fn bitmaps(&self) -> Option<Arc<Bitmaps>> {
+        Some(self.bitmaps.clone())
+    }
+
     fn internal(&self) -> Option<&dyn Internal> {
         Some(self)
     }
@@ -226,6 +239,14 @@ impl Driver for Qcow2 {
             data.insert("corrupt".into(), corrupt.into());
             data.insert("extended-l2".into(), meta.geo.extended.into());
         }
+        if !meta.stored.is_empty() {
+            let flags = |s: &Stored| {
+                let all = [(s.in_use, "in-use"), (s.auto, "auto")];
+                all.into_iter().filter(|f| f.0).map(|f| f.1).collect::<Vec<_>>()
+            };
+            let of = |s: &Stored| json!({ "name": s.name, "granularity": 1u64 << s.granularity_bits, "flags": flags(s) });
+            data.insert("bitmaps".into(), meta.stored.iter().map(of).collect());
+        }
         data.insert("refcount-bits".into(), Value::from(1u64 << h.refcount_order));
         data.insert("compression-type".into(), h.compression.as_str().into());
         ImageInfo {
@@ -246,7 +267,12 @@ impl Driver for Qcow2 {
         let _alone = self.exclusive();
         if read_only {
             if !self.lock().corrupt {
-                self.trim()?;
+                let done = self.store_bitmaps().and_then(|()| self.trim());
+                if let Err(e) = done {
+                    self.use_bitmaps()?;
+                    return Err(e);
+                }
+                self.freeze_bitmaps();
             }
         } else {
             let mut meta = self.lock();
@@ -283,7 +309,9 @@ impl Driver for Qcow2 {
             return Ok(());
         }
         let _alone = self.exclusive();
+        let stored = self.store_bitmaps();
         self.trim()?;
+        stored?;
         *self.decompressed.lock().unwrap_or_else(PoisonError::into_inner) = None;
         Ok(())
     }
@@ -306,6 +334,9 @@ impl Internal for Qcow2 {
 
     fn apply_snapshot(&self, id: Option<&str>, name: Option<&str>) -> io::Result<()> {
         self.must_be_writable()?;
+        if !self.bitmaps.all().is_empty() {
+            return Err(io::Error::new(io::ErrorKind::ResourceBusy, "Device has active dirty bitmaps"));
+        }
         self.go_to_snapshot(id, name)
     }
 }

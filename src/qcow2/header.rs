@@ -33,7 +33,7 @@ pub const AUTOCLEAR_DATA_FILE_RAW: u64 = 2;
 const EXT_END: u32 = 0;
 const EXT_BACKING_FORMAT: u32 = 0xe279_2aca;
 const EXT_FEATURE_NAMES: u32 = 0x6803_f857;
-const EXT_BITMAPS: u32 = 0x2385_2875;
+pub(super) const EXT_BITMAPS: u32 = 0x2385_2875;
 const EXT_CRYPTO: u32 = 0x0537_be77;
 const EXT_DATA_FILE: u32 = 0x4441_5441;
 
@@ -296,7 +296,7 @@ impl Header {
         }
         if self.autoclear & AUTOCLEAR_BITMAPS == 0 {
             // Inconsistent by the specification; its clusters are leaked, and the extension goes
-            // with the next full rewrite of the header.
+            // when the image is first written to.
             return Ok(());
         }
         let ext = BitmapsExt { count: be32(data, 0), size: be64(data, 8), offset: be64(data, 16) };

@@ -10,6 +10,7 @@
 //! was read that way is put in only if no checkpoint finished meanwhile (`generation`): otherwise
 //! an old version could come after a newer one that was written and dropped.
 
+use super::bitmap_dir::Stored;
 use super::cache::{ByOffset, Cache};
 use super::corrupt::{Broken, corrupt};
 use super::header::Header;
@@ -127,6 +128,10 @@ pub struct Meta {
     pub barrier: bool,
     /// Counts checkpoints that marked pages clean.
     pub generation: u64,
+    /// The directory of stored bitmaps, as it is on disk.
+    pub stored: Vec<Stored>,
+    /// The header has a bitmaps extension that does not count.
+    pub stale_extension: bool,
     /// Clusters that hold metadata: guest data never go there.
     pub tables: HashSet<u64, ByOffset>,
     /// Where to look for free clusters first: none is free below (that we know).

@@ -21,6 +21,9 @@
 //! | `resize.rs` | growing and shrinking |
 //! | `backing.rs` | another name for the backing file |
 //! | `snapshot.rs` | internal snapshots |
+//! | `bitmaps.rs` | stored bitmaps: when what is in the image |
+//! | `bitmap_dir.rs` | their directory and tables as bytes |
+//! | `extension.rs` | their extension in the header |
 //! | `check.rs` | walking all metadata: repair at open, and the tests' checker |
 //! | `corrupt.rs` | what follows when something is found wrong |
 //! | `mutant.rs` | deliberate bugs for the tests' own test; none in a release build |
@@ -33,6 +36,8 @@
 
 mod alloc;
 mod backing;
+mod bitmap_dir;
+mod bitmaps;
 mod cache;
 pub mod check;
 mod checkpoint;
@@ -41,6 +46,7 @@ pub mod corrupt;
 pub mod create;
 mod driver;
 mod erase;
+mod extension;
 pub mod header;
 mod io;
 mod meta;
@@ -54,6 +60,7 @@ mod resize;
 mod snapshot;
 mod types;
 
+use crate::block::bitmaps::Bitmaps;
 use crate::block::debug::BlkdebugEvent;
 use crate::block::node::{Edge, Node};
 use meta::{Meta, Miss};
@@ -90,6 +97,8 @@ pub struct Qcow2 {
     decompressed: Mutex<Option<(u64, Arc<[u8]>)>>,
     /// How long a page may stay unused; `None`: for ever.
     clean_interval: Option<Duration>,
+    /// The node's bitmaps; the persistent ones are stored here.
+    bitmaps: Arc<Bitmaps>,
     bug: Option<Mutant>,
     /// Told when the image is found corrupt.
     on_corrupt: Option<corrupt::OnCorrupt>,

@@ -31,4 +31,8 @@ pub enum Mutant {
     NoCopy,
     /// Growing does not clear what was behind the old end.
     StaleGrowth,
+    /// Stored bitmaps are not marked as in use before the image is written to.
+    BitmapNotInUse,
+    /// The header names a bitmap directory that is not on stable storage yet.
+    DirectoryFirst,
 }

@@ -7,8 +7,10 @@
 //! Time and memory are bounded by the limits of header.rs and by what the file really holds.
 
 use super::Qcow2;
+use super::bitmap_dir::{self, read_table as read_bitmap_table};
 use super::cache::Cache;
 use super::corrupt::OnCorrupt;
+use super::extension;
 use super::header::{self, Crypt, Header};
 use super::meta::{Meta, Table, read_padded};
 use super::types::{OFFSET_MASK, REFTABLE_MASK, be32, be64};
@@ -87,6 +89,7 @@ pub fn open(
     let node = file.node().ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEDIUM))?;
     let mut first = first_cluster(&node)?;
     let header = Header::parse(&first)?;
+    let stale_extension = header.bitmaps.is_none() && extension::is_there(&first);
     first.resize(512, 0);
     match header.crypt {
         Crypt::None => {}
@@ -123,6 +126,10 @@ pub fn open(
     let blocks = reftable.iter().rposition(|e| e & REFTABLE_MASK != 0).map_or(0, |i| i as u64 + 1);
     let clusters = file_len.div_ceil(geo.cluster_size());
     let size = header.size;
+    let stored = match &header.bitmaps {
+        Some(ext) => bitmap_dir::read(&node, &geo, size, ext)?,
+        None => Vec::new(),
+    };
     let mut meta = Meta {
         geo,
         header,
@@ -140,6 +147,8 @@ pub fn open(
         epoch: 0,
         barrier: false,
         generation: 0,
+        stored,
+        stale_extension,
         tables: HashSet::default(),
         cursor: 0,
         tail: clusters.min(blocks << geo.block_bits()),
@@ -157,6 +166,7 @@ pub fn open(
         meta.find_tables(&node)?;
     }
     let image = Qcow2::new(file, backing, data_file, size, meta, options);
+    image.load_bitmaps()?;
     if !image.read_only() {
         image.prepare_to_write()?;
     }
@@ -173,9 +183,8 @@ impl Qcow2 {
         if incompatible & header::INCOMPAT_DIRTY != 0 {
             self.repair()?;
         }
-        // No feature that these bits stand for is kept up to date by this driver, except that
-        // writes to an external data file do reach it.
-        let keep = autoclear & header::AUTOCLEAR_DATA_FILE_RAW;
+        // No other feature that such a bit stands for is kept up to date by this driver.
+        let keep = autoclear & (header::AUTOCLEAR_DATA_FILE_RAW | header::AUTOCLEAR_BITMAPS);
         if autoclear != keep {
             let mut meta = self.lock();
             meta.header.autoclear = keep;
@@ -183,7 +192,7 @@ impl Qcow2 {
             drop(meta);
             self.checkpoint(true)?;
         }
-        Ok(())
+        self.use_bitmaps()
     }
 }
 
@@ -272,10 +281,20 @@ impl Meta {
         ranges.push((self.header.reftable_offset, u64::from(self.header.reftable_clusters) << bits));
         ranges.push((self.header.l1_offset, u64::from(self.header.l1_size) * 8));
         ranges.extend(self.snapshot_tables(file)?);
+        ranges.extend(self.header.bitmaps.iter().map(|ext| (ext.offset, ext.size)));
+        ranges.extend(self.stored.iter().map(|s| (s.table, u64::from(s.entries) * 8)));
         for (offset, len) in ranges.into_iter().filter(|r| r.1 > 0) {
             for k in self.geo.clusters(offset, len) {
                 if !self.tables.insert(k) {
                     return overlap(k);
+                }
+            }
+        }
+        for stored in &self.stored {
+            let table = read_bitmap_table(file, &self.geo, stored)?;
+            for offset in table.iter().map(|e| e & OFFSET_MASK).filter(|o| *o != 0) {
+                if !self.tables.insert(offset >> bits) {
+                    return overlap(offset >> bits);
                 }
             }
         }

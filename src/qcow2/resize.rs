@@ -38,6 +38,7 @@ impl Qcow2 {
                 return Err(io::Error::from_raw_os_error(libc::EFBIG));
             }
         }
+        self.bitmaps_may_resize()?;
         let old = self.size.load(Ordering::SeqCst);
         match len.cmp(&old) {
             std::cmp::Ordering::Equal => Ok(()),
