@@ -362,11 +362,14 @@ impl Graph {
         let done = node.resize(len);
         drop(quiesced);
         self.detach(&user);
-        let above = |h: &&Arc<Handle>| h.root.node().is_some_and(|n| is_above(&n, &[node]));
-        for handle in self.handles.iter().filter(above) {
-            handle.resized();
-        }
+        self.tell_length(node);
         Ok(done?)
+    }
+
+    /// Tells the guests above `node` that their disk may have another length.
+    pub fn tell_length(&self, node: &Arc<Node>) {
+        let above = |h: &&Arc<Handle>| h.root.node().is_some_and(|n| is_above(&n, &[node]));
+        self.handles.iter().filter(above).for_each(|h| h.resized());
     }
 
     // ---- limits

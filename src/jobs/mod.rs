@@ -7,10 +7,13 @@
 //! Knows no QMP text beyond the errors a user sees, and no guests.
 
 pub mod backup;
+pub mod commit;
 pub mod create;
 pub mod filter;
 pub mod job;
 pub mod layers;
+pub mod mirror;
+pub mod mirror_top;
 pub mod rate;
 pub mod registry;
 pub mod stream;

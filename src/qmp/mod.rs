@@ -12,6 +12,7 @@ pub mod wire;
 mod cmd_backup;
 mod cmd_bitmap;
 mod cmd_blockdev;
+mod cmd_commit;
 mod cmd_core;
 mod cmd_create;
 mod cmd_fd;
@@ -48,6 +49,7 @@ static TABLES: &[&[schema::Command]] = &[
     cmd_object::OBJECT,
     cmd_job::JOB,
     cmd_stream::STREAM,
+    cmd_commit::COMMIT,
     cmd_create::CREATE,
     cmd_nbd::NBD,
     cmd_backup::BACKUP,
