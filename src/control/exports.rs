@@ -6,6 +6,7 @@
 
 use super::vm::Vm;
 use crate::bail;
+use crate::block::bitmap::{Bitmap, Refuse};
 use crate::block::driver::Perm;
 use crate::block::graph::well_formed;
 use crate::block::handle::HandleSpec;
@@ -54,6 +55,8 @@ pub struct NbdExport {
     pub writable: bool,
     /// Each write is followed by a flush.
     pub writethrough: bool,
+    /// Dirty bitmaps that clients can ask about, each with the node that is named for it.
+    pub bitmaps: Vec<(Option<String>, String)>,
     /// Clients can ask in which image of the chain a place lies.
     pub allocation_depth: bool,
 }
@@ -109,7 +112,7 @@ impl Vm {
         if self.exports.server.is_none() && !self.exports.expected {
             bail!("NBD server not running");
         }
-        let name = o.name.unwrap_or_else(|| o.node.name.clone());
+        let name = o.name.clone().unwrap_or_else(|| o.node.name.clone());
         if name.len() > MAX_STRING {
             bail!("export name '{name}' too long");
         }
@@ -123,6 +126,8 @@ impl Vm {
         if o.allocation_depth {
             contexts.push(Context::Depth);
         }
+        let bitmaps = self.export_bitmaps(&o)?;
+        contexts.extend(bitmaps.iter().cloned().map(Context::Bitmap));
         let uses = if o.writable { Perm::CONSISTENT_READ | Perm::WRITE } else { Perm::CONSISTENT_READ };
         let spec = HandleSpec {
             uses,
@@ -132,9 +137,31 @@ impl Vm {
             ..HandleSpec::default()
         };
         let handle = self.graph.attach_as(Some(o.node), spec, &o.id)?;
+        bitmaps.iter().for_each(|b| b.set_busy(true));
         let spec = Spec { id: o.id, name, description: o.description, writable: o.writable, contexts };
         self.exports.registry.add(Export::new(spec, handle, self.events.clone()));
         Ok(())
+    }
+
+    fn export_bitmaps(&self, o: &NbdExport) -> Result<Vec<Arc<Bitmap>>> {
+        let mut all: Vec<Arc<Bitmap>> = Vec::new();
+        for (node, name) in &o.bitmaps {
+            let found = match node {
+                Some(node) => self.graph.need(node)?.find_bitmap(name),
+                None => std::iter::successors(Some(o.node.clone()), behind).find_map(|n| n.find_bitmap(name)),
+            };
+            let Some(bitmap) = found else { bail!("Bitmap '{name}' is not found") };
+            bitmap.check(Refuse::Busy)?;
+            if all.iter().any(|b| b.name() == bitmap.name()) {
+                bail!("Bitmap '{name}' is named twice");
+            }
+            // Its contents would change, although nobody writes to the export.
+            if !o.writable && !o.node.read_only() && bitmap.enabled() {
+                bail!("Enabled bitmap '{name}' incompatible with readonly export");
+            }
+            all.push(bitmap);
+        }
+        Ok(all)
     }
 
     /// `block-export-del`: `hard` shows clients out, else they keep it from ending.
@@ -164,7 +191,18 @@ impl Vm {
 
     fn end_export(&mut self, export: &Arc<Export>) {
         self.graph.detach(&export.handle);
+        for context in &export.contexts {
+            if let Context::Bitmap(bitmap) = context {
+                bitmap.set_busy(false);
+            }
+        }
         self.exports.registry.remove(export);
         self.emit("BLOCK_EXPORT_DELETED", json!({ "id": export.id }));
     }
+}
+
+/// The node that a node stands for, or that is behind it.
+fn behind(node: &Arc<Node>) -> Option<Arc<Node>> {
+    let backing = || node.driver.edges().into_iter().find(|e| e.role == "backing");
+    node.driver.filtered().or_else(backing)?.node()
 }

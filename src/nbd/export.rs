@@ -8,6 +8,7 @@
 //! [`Handle`]: crate::block::handle::Handle
 
 use super::proto::{MAX_PAYLOAD, flag};
+use crate::block::bitmap::Bitmap;
 use crate::block::handle::Handle;
 use crate::event::{Event, Events};
 use crate::sys::stream::Stream;
@@ -41,12 +42,14 @@ impl Line {
 }
 
 /// A kind of metadata that clients can ask about.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub enum Context {
     /// `base:allocation`: where zeroes are.
     Allocation,
     /// `qemu:allocation-depth`: in which image of the chain a place was found.
     Depth,
+    /// `qemu:dirty-bitmap:NAME`: what has been written. The export keeps it from being changed.
+    Bitmap(Arc<Bitmap>),
 }
 
 impl Context {
@@ -55,6 +58,7 @@ impl Context {
         match self {
             Context::Allocation => "base:allocation".into(),
             Context::Depth => "qemu:allocation-depth".into(),
+            Context::Bitmap(b) => format!("qemu:dirty-bitmap:{}", b.name().unwrap_or_default()),
         }
     }
 }

@@ -275,3 +275,7 @@ fn pick(export: &Export, queries: &[&[u8]], set: bool) -> Vec<usize> {
     let all = !set && queries.is_empty();
     names.filter(|(_, name)| all || queries.iter().any(|q| means(q, name))).map(|(n, _)| n).collect()
 }
+
+#[cfg(test)]
+#[path = "handshake_test.rs"]
+mod tests;

@@ -115,6 +115,12 @@ impl Server {
         self.house.guests().len()
     }
 
+    /// What is left for buffers, in bytes.
+    #[cfg(test)]
+    pub(super) fn budget(&self) -> usize {
+        self.house.budget.load(Ordering::Relaxed)
+    }
+
     /// Shows everybody out and waits until they have left. A request that is at a disk is waited
     /// for; a client is not.
     fn stop(&mut self) {

@@ -1,9 +1,9 @@
-//! The options of the server and of exports, as QMP and the configuration write them.
+//! The options of the server, as QMP and the configuration write them.
 //!
 //! Owns: their form. Never: opens anything. Threads: control. Locks: none.
 
 use crate::sys::address::{InetSocketAddress, UnixSocketAddress};
-use crate::{wire_enum, wire_struct, wire_union};
+use crate::{wire_struct, wire_union};
 
 wire_struct! {
     /// A socket that was passed to the process.
@@ -48,49 +48,6 @@ wire_union! {
         "unix" Unix(UnixSocketAddressWrapper),
         /// A socket that listens already.
         "fd" Fd(FdSocketAddressWrapper),
-    }
-}
-
-wire_enum! {
-    /// What becomes of an export's clients.
-    pub enum BlockExportRemoveMode {
-        /// They keep it from being removed.
-        "safe" Safe,
-        /// They are disconnected.
-        "hard" Hard,
-    }
-    default Safe
-}
-
-wire_struct! {
-    /// An export for NBD clients.
-    pub struct BlockExportOptionsNbd {
-        /// Its name for clients; the node's by default.
-        name: Option<String>,
-        /// What clients show to people.
-        description: Option<String>,
-        /// Clients can ask in which image of the chain a place lies (`qemu:allocation-depth`).
-        "allocation-depth" allocation_depth: Option<bool>,
-    }
-}
-
-wire_union! {
-    /// An export.
-    pub struct BlockExportOptions {}
-    /// Its protocol.
-    "type" => pub enum BlockExportType as kind {
-        /// NBD.
-        "nbd" Nbd(BlockExportOptionsNbd),
-    }
-    .. {
-        /// Its name for QMP; unique among exports.
-        id: String,
-        /// What is exported.
-        "node-name" node_name: String,
-        /// Clients may write; by default they may not.
-        writable: Option<bool>,
-        /// Each write is followed by a flush; by default clients flush.
-        writethrough: Option<bool>,
     }
 }
 

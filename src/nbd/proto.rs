@@ -123,6 +123,9 @@ pub const STATE_HOLE: u32 = 1;
 /// `base:allocation`: it reads as zeroes.
 pub const STATE_ZERO: u32 = 2;
 
+/// `qemu:dirty-bitmap:`: it has been written.
+pub const STATE_DIRTY: u32 = 1;
+
 /// Names may not be longer, in bytes.
 pub const MAX_STRING: usize = 4096;
 /// Bytes of a request's payload, or of a simple reply's, that everybody takes.

@@ -521,3 +521,7 @@ fn is_heavy(r: &Request) -> bool {
 fn code(done: &io::Result<()>) -> u32 {
     done.as_ref().err().map_or(0, error_code)
 }
+
+#[cfg(test)]
+#[path = "serve_test.rs"]
+mod tests;

@@ -4,7 +4,7 @@
 //! none.
 
 use super::export::{Context, Export, Line};
-use super::proto::{STATE_HOLE, STATE_ZERO};
+use super::proto::{STATE_DIRTY, STATE_HOLE, STATE_ZERO};
 use std::io;
 
 /// Extents of one answer, and looks at the disk for one: enough for anybody, and soon over. A
@@ -59,6 +59,19 @@ fn look(export: &Export, context: &Context, at: u64, len: u64) -> io::Result<(u6
         Context::Depth => {
             let c = export.handle.contents(at, len)?;
             Ok((c.len, c.depth))
+        }
+        Context::Bitmap(bitmap) => {
+            let end = at + len;
+            if bitmap.is_dirty(at) {
+                return Ok((bitmap.next_clean(at, end).unwrap_or(end) - at, STATE_DIRTY));
+            }
+            // It may have become dirty meanwhile.
+            let next = bitmap.next_dirty(at, end, 1).map_or(end, |run| run.start);
+            Ok(if next > at {
+                (next - at, 0)
+            } else {
+                (len.min(bitmap.granularity() - at % bitmap.granularity()), STATE_DIRTY)
+            })
         }
     }
 }

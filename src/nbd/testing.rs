@@ -1,8 +1,9 @@
-//! For tests: a server with one export of a disk in memory, and clients of it.
+//! For tests: a client of bytes; a server with one export of a disk in memory, and clients of it.
 
 use super::driver::{BlockdevOptionsNbd, NbdPlan};
 use super::export::{Context, Export, Registry, Spec};
 use super::listener::{Server, Setup};
+use super::proto::*;
 use crate::block::driver::{Driver, Extent, ExtentKind, Flags, Limits, Perm};
 use crate::block::graph::Graph;
 use crate::block::handle::HandleSpec;
@@ -15,7 +16,8 @@ use crate::sys::inbox::Inbox;
 use crate::sys::iov::{Iov, IovMut};
 use crate::sys::listen;
 use serde_json::json;
-use std::io;
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -89,7 +91,6 @@ pub struct Rig {
     pub server: Option<Server>,
     pub state: Arc<MemState>,
     pub delay: Arc<AtomicU64>,
-    pub node: Arc<Node>,
     pub export: Arc<Export>,
 }
 
@@ -116,7 +117,7 @@ impl Rig {
         let registry = Arc::new(Registry::default());
         registry.add(export.clone());
         let dir = Scratch::new(&format!("nbd-{test}"));
-        let mut rig = Rig { dir, graph, registry, server: None, state, delay, node, export };
+        let mut rig = Rig { dir, graph, registry, server: None, state, delay, export };
         rig.serve(0, Some(Duration::from_secs(10)));
         rig
     }
@@ -176,4 +177,115 @@ pub fn seed(test: &str) -> u64 {
     });
     println!("{test}: SEED={seed}");
     seed
+}
+
+/// A client that says what it likes.
+pub struct Raw(pub UnixStream);
+
+/// A reply to an option, or to a request.
+pub type Reply = (u32, Vec<u8>);
+
+impl Raw {
+    /// Connects and gives the client flags.
+    pub fn new(path: &str, flags: u32) -> Raw {
+        let mut s = UnixStream::connect(path).unwrap();
+        s.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        let mut hello = [0; 18];
+        s.read_exact(&mut hello).unwrap();
+        assert_eq!(hello, *b"NBDMAGICIHAVEOPT\0\x03");
+        s.write_all(&flags.to_be_bytes()).unwrap();
+        Raw(s)
+    }
+
+    pub fn send(&mut self, bytes: &[u8]) {
+        self.0.write_all(bytes).unwrap();
+    }
+
+    pub fn recv(&mut self, n: usize) -> Vec<u8> {
+        let mut out = vec![0; n];
+        self.0.read_exact(&mut out).unwrap();
+        out
+    }
+
+    /// The server has closed.
+    pub fn is_over(&mut self) -> bool {
+        matches!(self.0.read(&mut [0; 1]), Ok(0) | Err(_))
+    }
+
+    pub fn option(&mut self, option: u32, data: &[u8]) -> Vec<Reply> {
+        self.send(
+            &[&OPTS_MAGIC.to_be_bytes()[..], &option.to_be_bytes(), &(data.len() as u32).to_be_bytes(), data]
+                .concat(),
+        );
+        let mut out = Vec::new();
+        loop {
+            let head = self.recv(20);
+            assert_eq!((be64(&head, 0), be32(&head, 8)), (REP_MAGIC, option));
+            let data = self.recv(be32(&head, 16) as usize);
+            let kind = be32(&head, 12);
+            out.push((kind, data));
+            if kind == rep::ACK || kind & rep::ERR != 0 {
+                return out;
+            }
+        }
+    }
+
+    /// Up to the transmission phase, with structured replies or without, and contexts.
+    pub fn go(path: &str, structured: bool, contexts: &[&str]) -> Raw {
+        let mut raw = Raw::new(path, 3);
+        if structured {
+            assert_eq!(raw.option(opt::STRUCTURED_REPLY, &[])[0].0, rep::ACK);
+        }
+        if !contexts.is_empty() {
+            assert_eq!(raw.option(opt::SET_META_CONTEXT, &queries("e", contexts)).len(), contexts.len() + 1);
+        }
+        assert_eq!(raw.option(opt::GO, &name("e", &[])).last().unwrap().0, rep::ACK);
+        raw
+    }
+
+    pub fn request(&mut self, flags: u16, kind: u16, offset: u64, len: u32) {
+        self.send(&Request { flags, kind, cookie: 77, offset, len }.bytes());
+    }
+
+    /// A simple reply: its error.
+    pub fn simple(&mut self) -> u32 {
+        let head = self.recv(16);
+        assert_eq!((be32(&head, 0), be64(&head, 8)), (SIMPLE_REPLY_MAGIC, 77));
+        be32(&head, 4)
+    }
+
+    /// All chunks of a reply: kind and payload.
+    pub fn chunks(&mut self) -> Vec<(u16, Vec<u8>)> {
+        let mut out = Vec::new();
+        loop {
+            let head = self.recv(20);
+            assert_eq!((be32(&head, 0), be64(&head, 8)), (STRUCTURED_REPLY_MAGIC, 77));
+            let payload = self.recv(be32(&head, 16) as usize);
+            out.push((be16(&head, 6), payload));
+            if be16(&head, 4) & chunk::DONE != 0 {
+                return out;
+            }
+        }
+    }
+}
+
+/// The data of OPT_GO and OPT_INFO.
+pub fn name(name: &str, wanted: &[u16]) -> Vec<u8> {
+    let mut out = (name.len() as u32).to_be_bytes().to_vec();
+    out.extend(name.as_bytes());
+    out.extend((wanted.len() as u16).to_be_bytes());
+    wanted.iter().for_each(|w| out.extend(w.to_be_bytes()));
+    out
+}
+
+/// The data of OPT_LIST_META_CONTEXT and OPT_SET_META_CONTEXT.
+pub fn queries(name: &str, queries: &[&str]) -> Vec<u8> {
+    let mut out = (name.len() as u32).to_be_bytes().to_vec();
+    out.extend(name.as_bytes());
+    out.extend((queries.len() as u32).to_be_bytes());
+    for q in queries {
+        out.extend((q.len() as u32).to_be_bytes());
+        out.extend(q.as_bytes());
+    }
+    out
 }

@@ -3,6 +3,7 @@
 //! Owns: their form, and making the listening socket. Never: exports' rules (`control/exports.rs`).
 //! Threads: control. Locks: none.
 
+use super::cmd_bitmap::BlockDirtyBitmapOrStr;
 use super::cmd_blockdev::find_node;
 use super::schema::Cx;
 use crate::control::exports::NbdExport;
@@ -10,10 +11,56 @@ use crate::error::{Error, Result, strerror};
 use crate::nbd::listener::Setup;
 use crate::nbd::options::*;
 use crate::sys::{listen, unix};
-use crate::{bail, commands, wire_struct};
+use crate::{bail, commands, wire_enum, wire_struct, wire_union};
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::time::Duration;
+
+wire_enum! {
+    /// What becomes of an export's clients.
+    pub enum BlockExportRemoveMode {
+        /// They keep it from being removed.
+        "safe" Safe,
+        /// They are disconnected.
+        "hard" Hard,
+    }
+    default Safe
+}
+
+wire_struct! {
+    /// An export for NBD clients.
+    pub struct BlockExportOptionsNbd {
+        /// Its name for clients; the node's by default.
+        name: Option<String>,
+        /// What clients show to people.
+        description: Option<String>,
+        /// Dirty bitmaps that clients can ask about (`qemu:dirty-bitmap:NAME`): of the node, of one
+        /// behind it, or of the node that is named.
+        bitmaps: Option<Vec<BlockDirtyBitmapOrStr>>,
+        /// Clients can ask in which image of the chain a place lies (`qemu:allocation-depth`).
+        "allocation-depth" allocation_depth: Option<bool>,
+    }
+}
+
+wire_union! {
+    /// An export.
+    pub struct BlockExportOptions {}
+    /// Its protocol.
+    "type" => pub enum BlockExportType as kind {
+        /// NBD.
+        "nbd" Nbd(BlockExportOptionsNbd),
+    }
+    .. {
+        /// Its name for QMP; unique among exports.
+        id: String,
+        /// What is exported.
+        "node-name" node_name: String,
+        /// Clients may write; by default they may not.
+        writable: Option<bool>,
+        /// Each write is followed by a flush; by default clients flush.
+        writethrough: Option<bool>,
+    }
+}
 
 wire_struct! {
     /// An export, as `query-block-exports` shows it.
@@ -46,6 +93,8 @@ commands! {
         device: String,
         /// Clients may write, if the node is writable.
         writable: Option<bool>,
+        /// A dirty bitmap that clients can ask about (`qemu:dirty-bitmap:NAME`).
+        bitmap: Option<String>,
     } -> ();
 
     /// Removes an export.
@@ -116,6 +165,7 @@ fn nbd_server_add(
     description: Option<String>,
     device: String,
     writable: Option<bool>,
+    bitmap: Option<String>,
 ) -> Result<()> {
     let node = find_node(cx, Some(&device), Some(&device))?;
     let id = name.unwrap_or(device);
@@ -128,6 +178,7 @@ fn nbd_server_add(
         description,
         writable,
         writethrough: false,
+        bitmaps: bitmap.map(|name| (None, name)).into_iter().collect(),
         allocation_depth: false,
     })
 }
@@ -144,8 +195,16 @@ fn block_export_add(cx: &mut Cx, o: BlockExportOptions) -> Result<()> {
         description: nbd.description,
         writable: o.writable.unwrap_or(false),
         writethrough: o.writethrough.unwrap_or(false),
+        bitmaps: nbd.bitmaps.into_iter().flatten().map(named).collect(),
         allocation_depth: nbd.allocation_depth.unwrap_or(false),
     })
+}
+
+fn named(bitmap: BlockDirtyBitmapOrStr) -> (Option<String>, String) {
+    match bitmap {
+        BlockDirtyBitmapOrStr::Local(name) => (None, name),
+        BlockDirtyBitmapOrStr::External(b) => (Some(b.node), b.name),
+    }
 }
 
 fn nbd_server_remove(cx: &mut Cx, name: String, mode: Option<BlockExportRemoveMode>) -> Result<()> {
