@@ -33,6 +33,14 @@ fn shape(rng: &mut Rng) -> CreateOptions {
     }
 }
 
+/// Now and then, guest data in another file, which may be the disk by itself.
+fn outside(rng: &mut Rng, o: &mut CreateOptions, backed: bool) {
+    if o.version == 3 && rng.one_in(6) {
+        o.data_file = Some("data".into());
+        o.data_file_raw = !backed && rng.one_in(2);
+    }
+}
+
 struct Backing {
     node: Arc<Node>,
     bytes: Vec<u8>,
@@ -60,15 +68,16 @@ fn small_caches(rng: &mut Rng) -> Options {
 /// One image, many operations, one thread; then qemu-img's opinion.
 fn round(seed: u64, steps: u64, qemu: bool, bug: Option<Mutant>) {
     let mut rng = Rng::new(seed);
-    let o = shape(&mut rng);
+    let mut o = shape(&mut rng);
     let under = rng.one_in(2).then(|| backing(&mut rng, o.size));
-    let disk = fresh(&o);
+    outside(&mut rng, &mut o, under.is_some());
+    let (disk, data) = fresh_pair(&o);
     let say = |what: &str| format!("{what}; SEED={seed} {o:?} backing={}", under.is_some());
     let mut model: Vec<u8> = under.as_ref().map_or(Vec::new(), |b| b.bytes.clone());
     model.resize(o.size as usize, 0);
     let open = |rng: &mut Rng| {
         let node = under.as_ref().map(|b| b.node.clone());
-        open_image(&disk, node, Options { bug, ..small_caches(rng) })
+        open_pair(&disk, &data, node, Options { bug, ..small_caches(rng) })
             .unwrap_or_else(|e| panic!("{}: {e}", say("open")))
     };
     let mut image = open(&mut rng);
@@ -99,7 +108,7 @@ fn round(seed: u64, steps: u64, qemu: bool, bug: Option<Mutant>) {
                     .unwrap_or_else(|e| panic!("{}: {e}", say("compressed")));
                 model[start as usize..end as usize].copy_from_slice(&data);
             }
-            20 | 21 if o.refcount_bits > 1 => {
+            20 | 21 if o.refcount_bits > 1 && data.is_none() => {
                 let inside = image.internal().unwrap();
                 let n = rng.below(snapshots.len() as u64 + 1) as usize;
                 // Narrow refcounts cannot count all of it, the less so with several compressed
@@ -155,6 +164,7 @@ fn round(seed: u64, steps: u64, qemu: bool, bug: Option<Mutant>) {
                 }
             }
             14 | 15 if len > 0 => match image.discard(off, len as u64) {
+                Ok(()) if o.data_file_raw => model[part].fill(0),
                 Ok(()) => {
                     // Whole clusters read as zeroes; the rest is as it was.
                     let first = off.next_multiple_of(o.cluster_size);
@@ -170,7 +180,10 @@ fn round(seed: u64, steps: u64, qemu: bool, bug: Option<Mutant>) {
             // Of images of version 2 only those without snapshots can be resized.
             17 if rng.one_in(4) && (o.version > 2 || snapshots.is_empty()) => {
                 let new = (size / 512 + 1 + rng.below(300)) / (1 + rng.below(3)) * 512;
-                image.resize(new).unwrap_or_else(|e| panic!("{}: {e}", say("resize")));
+                let how =
+                    [Preallocation::Off, Preallocation::Metadata, Preallocation::Falloc, Preallocation::Full];
+                let how = if new > size { how[rng.below(4) as usize] } else { how[0] };
+                image.resize_with(new, how).unwrap_or_else(|e| panic!("{}: {e}", say("resize")));
                 model.resize(new as usize, 0);
             }
             18 if rng.one_in(4) => {
@@ -191,7 +204,12 @@ fn round(seed: u64, steps: u64, qemu: bool, bug: Option<Mutant>) {
     image.close().unwrap_or_else(|e| panic!("{}: {e}", say("close")));
     let report = image.check().unwrap_or_else(|e| panic!("{}: {e}", say("check")));
     assert!(report.errors.is_empty() && report.leaks == 0, "{}: {report:?}", say("check"));
-    if qemu {
+    if let Some(data) = &data
+        && o.data_file_raw
+    {
+        assert!(data.copy() == model, "{}", say("the raw data file is something else"));
+    }
+    if qemu && data.is_none() {
         let dir = Dir::new("qcow2");
         let path = dir.save("image.qcow2", &disk);
         qemu_check(&path, false);
@@ -241,18 +259,21 @@ fn threads(seed: u64, steps: u64, bug: Option<Mutant>) {
     let mut rng = Rng::new(seed);
     // With subclusters a write may end in one that others write in place.
     let extended_l2 = rng.one_in(2);
-    let o = CreateOptions {
+    let mut o = CreateOptions {
         size: 768 << 10,
         cluster_size: 1 << if extended_l2 { 14 + rng.below(3) } else { 9 + rng.below(6) },
         refcount_bits: 16,
         extended_l2,
         ..CreateOptions::default()
     };
+    if bug.is_none() {
+        outside(&mut rng, &mut o, false);
+    }
     let (slots, common) = ((512 << 10) / SLOT, 1024..1536);
     let say = format!("SEED={seed} {o:?}");
-    let disk = fresh(&o);
-    disk.jitter.store(60, Ordering::Relaxed);
-    let image = open_image(&disk, None, Options { bug, ..small_caches(&mut rng) }).expect("open");
+    let (disk, data) = fresh_pair(&o);
+    [Some(&disk), data.as_ref()].into_iter().flatten().for_each(|d| d.jitter.store(60, Ordering::Relaxed));
+    let image = open_pair(&disk, &data, None, Options { bug, ..small_caches(&mut rng) }).expect("open");
     let pattern = |slot: u64, round: u8| -> Vec<u8> {
         (0..SLOT).map(|i| if round == 0 { 0 } else { (slot * 7 + i) as u8 ^ round }).collect()
     };

@@ -4,7 +4,7 @@
 #[path = "support/qcow2.rs"]
 mod support;
 
-use minivmm::block::driver::{Driver, ExtentKind, Flags, Snapshot};
+use minivmm::block::driver::{Driver, ExtentKind, Flags, Preallocation, Snapshot};
 use minivmm::block::node::{Edge, Node, NodeOptions};
 use minivmm::qcow2::corrupt::Corruption;
 use minivmm::qcow2::create::{self, CreateOptions};
@@ -202,11 +202,22 @@ fn guest_data_in_an_external_file() {
         assert!(read(&image, 0, model.len()).unwrap() == model, "raw={raw}");
         let mut rng = Rng::new(7);
         // Through a node, which writes zeroes where the driver cannot say them.
-        let image = Node::new("image", Box::new(image), NodeOptions::default());
+        let unmap = NodeOptions { unmap: true, ..NodeOptions::default() };
+        let image = Node::new("image", Box::new(image), unmap);
         for i in 0..80u64 {
-            let off = rng.below((4 << 20) - 9000);
-            let len = 1 + rng.below(9000) as usize;
+            let long = if i % 4 == 0 { 300_000 } else { 9000 };
+            let off = rng.below((4 << 20) - long);
+            let len = 1 + rng.below(long) as usize;
             match i % 8 {
+                4 => {
+                    image.discard(off, len as u64).unwrap();
+                    let cluster = if raw { 1 } else { 65536 };
+                    let (first, last) =
+                        (off.next_multiple_of(cluster), (off + len as u64) / cluster * cluster);
+                    if first < last {
+                        model[first as usize..last as usize].fill(0);
+                    }
+                }
                 0 => {
                     image.zero(off, len as u64, Flags::MAY_UNMAP).unwrap();
                     model[off as usize..off as usize + len].fill(0);
@@ -280,6 +291,90 @@ fn a_disk_grows_very_large_and_shrinks_again() {
     let report = image.check().unwrap();
     assert_eq!((report.errors.len(), report.leaks), (0, 0), "{report:?}");
     assert_eq!(image.resize(1000).unwrap_err().to_string(), "The new size must be a multiple of 512");
+}
+
+/// Growing with each way of preallocation: where `qemu-img resize` would have put something, there is
+/// something, it reads as zeroes, and a write to it allocates nothing.
+#[test]
+fn new_space_is_allocated_in_advance() {
+    use ExtentKind::{Data, Unallocated, Zero};
+    let all = [Preallocation::Off, Preallocation::Metadata, Preallocation::Falloc, Preallocation::Full];
+    for (how, extended, backed) in
+        all.into_iter().flat_map(|h| [(h, false, false), (h, true, false), (h, false, true), (h, true, true)])
+    {
+        let say = format!("{how:?}, extended: {extended}, backed: {backed}");
+        let (old, new) = ((1u64 << 20) + 512, 3u64 << 20);
+        let disk = fresh(&CreateOptions { size: old, extended_l2: extended, ..base() });
+        let backing = backed.then(|| node(&Disk::new(vec![7; 2 << 20])));
+        let image = open_image(&disk, backing.clone(), Options::default()).unwrap();
+        write(&image, 1000, &[1; 512]).unwrap();
+        image.resize_with(new, how).unwrap_or_else(|e| panic!("{say}: {e}"));
+        let mut model = vec![if backed { 7 } else { 0 }; old as usize];
+        model[1000..1512].fill(1);
+        model.resize(new as usize, 0);
+        assert!(read(&image, 0, new as usize).unwrap() == model, "{say}");
+        let first = old.next_multiple_of(65536);
+        let kind = image.status(first, 65536).unwrap().kind;
+        match (how, extended) {
+            (Preallocation::Off, _) => assert!([Unallocated, Zero].contains(&kind), "{say}: {kind:?}"),
+            (_, true) => assert!([Unallocated, Zero].contains(&kind), "{say}: {kind:?}: subclusters are not"),
+            _ => assert_eq!(image.status(first, new - first).unwrap().kind, Data, "{say}"),
+        }
+        image.close().unwrap();
+        let len = disk.copy().len();
+        if how != Preallocation::Off {
+            write(&image, first + 100, &vec![2; (new - first) as usize - 100]).unwrap();
+            image.close().unwrap();
+            assert_eq!(disk.copy().len(), len, "{say}: a write allocated something");
+        }
+        let report = image.check().unwrap();
+        assert_eq!((report.errors.len(), report.leaks), (0, 0), "{say}: {report:?}");
+        let shorter = image.resize_with(512, how).err().map(|e| e.to_string());
+        let wanted =
+            (how != Preallocation::Off).then_some("Preallocation can't be used for shrinking an image");
+        assert_eq!(shorter.as_deref(), wanted);
+    }
+}
+
+/// A raw external data file stays good by itself, however it grows; and a failure on the way leaves
+/// the disk as it was.
+#[test]
+fn external_data_files_grow_with_the_disk() {
+    for raw in [false, true] {
+        let (disk, outside) = (Disk::new(Vec::new()), Disk::new(Vec::new()));
+        let options =
+            CreateOptions { size: 1 << 20, data_file: Some("d".into()), data_file_raw: raw, ..base() };
+        create::create(&node(&disk), Some(&node(&outside)), &options).unwrap();
+        // Longer than the disk, with something behind its end.
+        outside.bytes.lock().unwrap().resize((1 << 20) + 5000, 9);
+        let data = edge("data-file", node(&outside));
+        let image =
+            open::open(edge("file", node(&disk)), Edge::new("backing", None), Some(data), Options::default())
+                .unwrap();
+        image.resize(2 << 20).unwrap();
+        assert!(read(&image, 0, 2 << 20).unwrap().iter().all(|b| *b == 0), "raw: {raw}");
+        if raw {
+            assert!(outside.copy().iter().all(|b| *b == 0), "the data file says something else");
+            assert_eq!(outside.copy().len(), 2 << 20);
+        }
+        image.resize_with(3 << 20, Preallocation::Full).unwrap();
+        assert_eq!(image.status(2 << 20, 1 << 20).unwrap().len, 1 << 20);
+        image.resize(1 << 20).unwrap();
+        assert_eq!(outside.copy().len(), 1 << 20);
+        image.close().unwrap();
+        let report = image.check().unwrap();
+        assert_eq!((report.errors.len(), report.leaks), (0, 0), "raw: {raw}: {report:?}");
+    }
+    let disk = fresh(&base());
+    let image = open_image(&disk, None, Options::default()).unwrap();
+    disk.most.store(20 << 20, Ordering::SeqCst);
+    assert!(image.resize_with(64 << 20, Preallocation::Full).is_err());
+    assert_eq!(image.len(), 8 << 20);
+    image.close().unwrap();
+    let report = image.check().unwrap();
+    assert_eq!((report.errors.len(), report.leaks), (0, 0), "{report:?}");
+    image.resize(64 << 20).unwrap();
+    assert!(read(&image, 8 << 20, 56 << 20).unwrap().iter().all(|b| *b == 0));
 }
 
 #[test]

@@ -91,6 +91,32 @@ impl BitOr for Flags {
     }
 }
 
+/// How much of new space is allocated in advance (QEMU's `PreallocMode`).
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Preallocation {
+    /// Nothing.
+    #[default]
+    Off,
+    /// A format's tables; the data are holes in the file.
+    Metadata,
+    /// Also the file system's space.
+    Falloc,
+    /// Also written, as zeroes.
+    Full,
+}
+
+impl Preallocation {
+    /// The word on the wire.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Preallocation::Off => "off",
+            Preallocation::Metadata => "metadata",
+            Preallocation::Falloc => "falloc",
+            Preallocation::Full => "full",
+        }
+    }
+}
+
 /// What a driver needs and prefers. All in bytes; powers of two where they are alignments.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Limits {
@@ -323,6 +349,15 @@ pub trait Driver: Send + Sync {
     /// Changes the virtual length to `len` bytes. New space reads as zeroes.
     fn resize(&self, len: u64) -> io::Result<()> {
         pass(self, |n| n.resize(len))
+    }
+
+    /// The same, allocating new space in advance.
+    fn resize_with(&self, len: u64, how: Preallocation) -> io::Result<()> {
+        if how == Preallocation::Off {
+            return self.resize(len);
+        }
+        let text = format!("Unsupported preallocation mode '{}'", how.as_str());
+        Err(io::Error::new(io::ErrorKind::Unsupported, text))
     }
 
     /// What `query-block` shows.

@@ -8,10 +8,11 @@
 //! A failed fdatasync(2) may have dropped dirty pages, and the next one would report success: from
 //! then on every flush fails, unless the page cache is bypassed (as in QEMU).
 
-use super::driver::{Driver, Extent, ExtentKind, Flags, ImageInfo, Limits, Perm};
+use super::driver::{Driver, Extent, ExtentKind, Flags, ImageInfo, Limits, Perm, Preallocation};
 use super::file_open::{Opened, is_direct};
 use super::filelock::Locks;
 use super::node::errno;
+use crate::sys::buf::AlignedBuf;
 use crate::sys::iov::{Iov, IovMut};
 use serde_json::{Map, Value, json};
 use std::io;
@@ -343,6 +344,48 @@ impl Driver for File {
                 return Err(e);
             }
         }
+    }
+
+    fn resize_with(&self, len: u64, how: Preallocation) -> io::Result<()> {
+        let old = self.len();
+        if how == Preallocation::Off {
+            return self.resize(len);
+        }
+        let no = |text: String| Err(io::Error::new(io::ErrorKind::Unsupported, text));
+        if self.device {
+            let mode = how.as_str();
+            return no(format!("Preallocation mode '{mode}' unsupported for this non-regular file"));
+        }
+        if how == Preallocation::Metadata {
+            return no("Unsupported preallocation mode 'metadata'".into());
+        }
+        if len < old {
+            return no("Preallocation can't be used for shrinking files".into());
+        }
+        let zeroes = || -> io::Result<()> {
+            let zeroes = AlignedBuf::new(64 << 10, 4096);
+            let mut pos = old;
+            while pos < len {
+                let n = (len - pos).min(zeroes.len() as u64);
+                self.write(pos, &Iov::from_slice(&zeroes[..n as usize]), Flags::NONE)?;
+                pos += n;
+            }
+            self.flush()
+        };
+        let done = self.resize(len).and_then(|()| match how {
+            _ if len == old => Ok(()),
+            Preallocation::Full => zeroes(),
+            // As posix_fallocate does where the file system cannot.
+            _ => match self.fallocate(0, old, len - old) {
+                Err(e) if e.raw_os_error() == Some(libc::ENOTSUP) => zeroes(),
+                other => other,
+            },
+        });
+        done.inspect_err(|_| {
+            if let Err(e) = self.resize(old) {
+                log::warn!("'{}' keeps the length it was to get: {e}", self.filename);
+            }
+        })
     }
 
     fn info(&self) -> ImageInfo {

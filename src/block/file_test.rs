@@ -321,3 +321,23 @@ fn no_space_left_is_told_and_the_request_can_be_done_again() {
     graph.detach(&disk);
     graph.close_all();
 }
+
+#[test]
+fn new_space_is_allocated_in_advance_if_asked_for() {
+    let dir = Scratch::new("file-prealloc");
+    let path = dir.file("f", 0);
+    let mut graph = Graph::new();
+    let node = node(&mut graph, &path);
+    let blocks = || std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(&path).unwrap()) * 512;
+    node.resize_with(1 << 20, Preallocation::Off).unwrap();
+    assert_eq!(blocks(), 0);
+    node.resize_with(2 << 20, Preallocation::Falloc).unwrap();
+    assert!(blocks() >= 1 << 20);
+    node.resize_with(3 << 20, Preallocation::Full).unwrap();
+    assert!(blocks() >= 2 << 20);
+    assert_eq!((node.len(), std::fs::metadata(&path).unwrap().len()), (3 << 20, 3 << 20));
+    let text = |how, len| node.resize_with(len, how).unwrap_err().to_string();
+    assert_eq!(text(Preallocation::Metadata, 4 << 20), "Unsupported preallocation mode 'metadata'");
+    assert_eq!(text(Preallocation::Full, 1 << 20), "Preallocation can't be used for shrinking files");
+    assert_eq!(node.len(), 3 << 20);
+}

@@ -13,7 +13,7 @@ use super::bitmaps::Bitmaps;
 use super::debug::{BlkdebugEvent, Locks};
 pub use super::node_options::{DetectZeroes, NodeOptions};
 
-use super::driver::{Driver, Extent, ExtentKind, Flags, Limits};
+use super::driver::{Driver, Extent, ExtentKind, Flags, Limits, Preallocation};
 use super::node_options::{LimitsCell, OptionsCell};
 use super::serial::Serial;
 use crate::sys::buf::AlignedBuf;
@@ -507,13 +507,18 @@ impl Node {
     /// Changes the virtual length. EACCES when read-only. The graph calls it, with the gates above
     /// closed ([`Graph::resize`](super::graph::Graph::resize)); a format calls it for its file.
     pub fn resize(&self, len: u64) -> io::Result<()> {
+        self.resize_with(len, Preallocation::Off)
+    }
+
+    /// The same, allocating new space in advance.
+    pub fn resize_with(&self, len: u64, how: Preallocation) -> io::Result<()> {
         if self.read_only() {
             return Err(errno(libc::EACCES));
         }
         if len > MAX_LEN {
             return Err(errno(libc::EFBIG));
         }
-        let done = self.driver.resize(len);
+        let done = self.driver.resize_with(len, how);
         self.changes.fetch_add(1, Ordering::AcqRel);
         self.bitmaps.resize(self.len());
         done

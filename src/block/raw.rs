@@ -4,7 +4,7 @@
 
 use super::chain;
 use super::debug::BlkdebugEvent;
-use super::driver::{Driver, Extent, ExtentKind, Flags, ImageInfo, Limits, Perm};
+use super::driver::{Driver, Extent, ExtentKind, Flags, ImageInfo, Limits, Perm, Preallocation};
 use super::node::{Edge, Node, errno};
 use super::open::{Child, Open, Opening};
 use super::perm;
@@ -129,11 +129,15 @@ impl Driver for Raw {
     }
 
     fn resize(&self, len: u64) -> io::Result<()> {
+        self.resize_with(len, Preallocation::Off)
+    }
+
+    fn resize_with(&self, len: u64, how: Preallocation) -> io::Result<()> {
         if self.size.is_some() {
             return Err(io::Error::new(io::ErrorKind::Unsupported, "Cannot resize fixed-size raw disks"));
         }
         let end = len.checked_add(self.offset).ok_or_else(|| errno(libc::EFBIG))?;
-        self.file.need()?.resize(end)
+        self.file.need()?.resize_with(end, how)
     }
 
     fn info(&self) -> ImageInfo {

@@ -206,7 +206,7 @@ pub fn create(file: &Arc<Node>, data_file: Option<&Arc<Node>>, options: &CreateO
             data_file.map(|node| edge("data-file", node)),
             open::Options::default(),
         )?;
-        image.preallocate(how)?;
+        image.preallocate(0..options.size, how)?;
         image.close()?;
     }
     Ok(())

@@ -11,7 +11,8 @@ use super::open::Options;
 use crate::block::bitmaps::Bitmaps;
 use crate::block::debug::BlkdebugEvent;
 use crate::block::driver::{
-    Driver, Extent, ExtentKind, Flags, ImageInfo, Internal, Limits, Perm, Snapshot, StoredBitmaps,
+    Driver, Extent, ExtentKind, Flags, ImageInfo, Internal, Limits, Perm, Preallocation, Snapshot,
+    StoredBitmaps,
 };
 use crate::block::node::Edge;
 use crate::block::perm;
@@ -202,8 +203,12 @@ impl Driver for Qcow2 {
     }
 
     fn resize(&self, len: u64) -> io::Result<()> {
+        self.resize_with(len, Preallocation::Off)
+    }
+
+    fn resize_with(&self, len: u64, how: Preallocation) -> io::Result<()> {
         self.must_be_writable()?;
-        self.resize_to(len)
+        self.resize_to(len, how)
     }
 
     fn stored_bitmaps(&self) -> Option<&dyn StoredBitmaps> {

@@ -3,8 +3,13 @@
 //! Owns: which state a cluster gets. Never: lowers refcounts or punches; it only notes what was
 //! freed ([`Meta::free`]), the checkpoint does the rest. Threads: any. Locks: `meta`, for one
 //! page of L2 entries at a time.
+//!
+//! An external data file has one place for each cluster. If it is the disk by itself
+//! (`data-file-raw`), the request goes there and the tables stay. Else the tables say what is zero,
+//! and the place is given back while it is in flight, so that it is never punched after its reuse.
 
 use super::Qcow2;
+use super::header::AUTOCLEAR_DATA_FILE_RAW;
 use super::meta::{Meta, ZEROES};
 use super::types::Entry;
 use crate::block::driver::Flags;
@@ -12,6 +17,7 @@ use crate::block::node::Node;
 use crate::sys::iov::Iov;
 use std::io;
 use std::ops::Range;
+use std::sync::MutexGuard;
 use std::sync::atomic::Ordering;
 
 /// What is to become of clusters.
@@ -34,10 +40,12 @@ fn not_supported() -> io::Error {
 impl Qcow2 {
     /// Makes `len` bytes at `off` read as zeroes.
     pub(super) fn zero_at(&self, off: u64, len: u64, flags: Flags) -> io::Result<()> {
-        let raw = self.data_file.is_some();
-        if !self.geo.v3 || raw {
-            // No zero flag, or an external data file that may have to be good by itself.
+        if !self.geo.v3 {
+            // No zero flag.
             return Err(not_supported());
+        }
+        if self.raw_data() {
+            return self.zero_raw(off, len, flags);
         }
         if len == 0 {
             return Ok(());
@@ -71,6 +79,26 @@ impl Qcow2 {
         Ok(())
     }
 
+    /// True when the external data file is the disk by itself: tables do not count.
+    pub(super) fn raw_data(&self) -> bool {
+        self.data_file.is_some() && self.lock().header.autoclear & AUTOCLEAR_DATA_FILE_RAW != 0
+    }
+
+    /// Makes a part of such a data file read as zeroes. Its tables stay as they are: they say that
+    /// the data are there, or zeroes, and both are true.
+    fn zero_raw(&self, off: u64, len: u64, flags: Flags) -> io::Result<()> {
+        let mut meta = self.lock();
+        while meta.exclusive {
+            meta = self.wait(meta);
+        }
+        if meta.corrupt {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
+        let _using = self.using(&meta);
+        drop(meta);
+        self.data()?.zero(off, len, flags)
+    }
+
     /// Writes zeroes as data.
     pub(super) fn write_zeroes_at(&self, range: Range<u64>) -> io::Result<()> {
         let mut pos = range.start;
@@ -88,8 +116,12 @@ impl Qcow2 {
             // Without the zero flag the backing file's old data would show through.
             return Err(not_supported());
         }
-        if self.data_file.is_some() {
-            return Err(not_supported());
+        if self.raw_data() {
+            // What it holds then is what the disk holds: zeroes, or nothing is done.
+            return match self.punch {
+                true => self.zero_raw(off, len, Flags::MAY_UNMAP | Flags::NO_FALLBACK),
+                false => Err(not_supported()),
+            };
         }
         let size = self.size.load(Ordering::SeqCst);
         let cluster = self.geo.cluster_size();
@@ -131,38 +163,67 @@ impl Qcow2 {
     }
 
     /// Does what lies in one page of L2 entries; answers where to go on.
-    fn erase_page(
-        &self,
-        mut meta: std::sync::MutexGuard<'_, Meta>,
-        off: u64,
-        end: u64,
-        how: Erase,
-    ) -> io::Result<u64> {
+    fn erase_page(&self, mut meta: MutexGuard<'_, Meta>, off: u64, end: u64, how: Erase) -> io::Result<u64> {
         let backing = match how {
             Erase::Cut => 0,
             _ => self.backing.node().map_or(0, |n| n.len()),
         };
         let result = self.file().and_then(|f| meta.erase_page(&f, off, end, how, backing));
+        // In an external data file nothing is allocated elsewhere meanwhile, only there again: who
+        // wants to has to wait until the space is given back.
+        let mut flight = None;
+        if let Ok(page) = &result
+            && let [first, .., last] | [first @ last] = page.outside.as_slice()
+        {
+            let clusters = self.geo.cluster(first.start)..self.geo.cluster(last.end - 1) + 1;
+            meta.in_flight.push(clusters.clone());
+            flight = Some(self.flight(clusters));
+        }
         drop(meta);
         self.early_free();
-        let (next, data) = self.judge(result)?;
-        if let Some(range) = data {
+        let page = self.judge(result)?;
+        if let Some(flight) = flight {
+            self.give_back(&page.outside, how);
+            flight.landed(self.lock());
+        }
+        if let Some(range) = page.write {
             self.write_zeroes_at(range)?;
         }
-        Ok(next)
+        Ok(page.next)
+    }
+
+    /// Gives the space of those parts of the external data file back to its file system. A hint.
+    fn give_back(&self, parts: &[Range<u64>], how: Erase) {
+        let Ok(data) = self.data() else { return };
+        let have = data.len();
+        for r in parts.iter().filter(|r| r.start < have && self.punch) {
+            let len = r.end.min(have) - r.start;
+            // Until the next checkpoint the disk's tables say that the data are there: if the guest
+            // wants zeroes it must not be anything else.
+            let done = match how {
+                Erase::Unmap => data.zero(r.start, len, Flags::MAY_UNMAP | Flags::NO_FALLBACK),
+                _ => data.discard(r.start, len),
+            };
+            if let Err(e) = done {
+                log::debug!("qcow2: discard in the data file: {e}");
+            }
+        }
     }
 }
 
+/// What [`Meta::erase_page`] did, and what is left to do.
+struct Page {
+    /// Where to go on.
+    next: u64,
+    /// What must be zeroed by writing.
+    write: Option<Range<u64>>,
+    /// What is not needed any more of an external data file, in order.
+    outside: Vec<Range<u64>>,
+}
+
 impl Meta {
-    /// See [`Qcow2::erase`]. Answers where to go on, and what must be zeroed by writing.
-    fn erase_page(
-        &mut self,
-        file: &Node,
-        off: u64,
-        end: u64,
-        how: Erase,
-        backing: u64,
-    ) -> io::Result<(u64, Option<Range<u64>>)> {
+    /// See [`Qcow2::erase`].
+    fn erase_page(&mut self, file: &Node, off: u64, end: u64, how: Erase, backing: u64) -> io::Result<Page> {
         let geo = self.geo;
         let mut c = geo.cluster(off);
         let per_page = geo.page_size() >> geo.entry_bits();
@@ -170,8 +231,10 @@ impl Meta {
         if !self.has_l2(c) && off >= backing {
             // Nothing is there, and nothing shows through: all of this table reads as zeroes.
             let shift = geo.cluster_bits + geo.l2_bits();
-            return Ok((end.min(((off >> shift) + 1) << shift), None));
+            let next = end.min(((off >> shift) + 1) << shift);
+            return Ok(Page { next, write: None, outside: Vec::new() });
         }
+        let mut outside: Vec<Range<u64>> = Vec::new();
         while c < stop {
             let start = off.max(c << geo.cluster_bits);
             let next = end.min((c + 1) << geo.cluster_bits);
@@ -181,7 +244,7 @@ impl Meta {
             let first = geo.in_cluster(start) >> geo.unit_bits();
             let mask = ((((1u64 << units) - 1) << first) & u64::from(u32::MAX)) as u32;
             if mask != geo.all_units() && old.compressed.is_some() {
-                return Ok((next, Some(start..next)));
+                return Ok(Page { next, write: Some(start..next), outside });
             }
             if let Some(new) = self.erased(&old, mask, how, shows) {
                 if new.compressed.is_none() {
@@ -190,11 +253,18 @@ impl Meta {
                 }
                 if new.host.is_none() {
                     self.free_entry(&old, how != Erase::Zero);
+                    if geo.external && old.host.is_some() && how != Erase::Cut {
+                        let end = (c + 1) << geo.cluster_bits;
+                        match outside.last_mut() {
+                            Some(last) if last.end == c << geo.cluster_bits => last.end = end,
+                            _ => outside.push(c << geo.cluster_bits..end),
+                        }
+                    }
                 }
             }
             c += 1;
         }
-        Ok((end.min(stop << geo.cluster_bits), None))
+        Ok(Page { next: end.min(stop << geo.cluster_bits), write: None, outside })
     }
 
     /// What the entry `old` becomes when the units of `mask` are erased; `None`: it may stay.

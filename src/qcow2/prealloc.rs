@@ -1,29 +1,17 @@
-//! Preallocation: giving every guest cluster its host cluster in advance.
+//! Preallocation: giving guest clusters their host clusters in advance.
 //!
-//! Owns: the walk. Never: runs while somebody else uses the image (it is new). Threads: the one
-//! that creates the image. Locks: `meta` for moments.
+//! Owns: the walk. Never: touches a cluster that has its place already; runs where requests go (it
+//! is for a new image, or for what is behind the end of the disk yet). Threads: the one that creates
+//! or grows the image. Locks: `meta` for moments.
 
 use super::Qcow2;
 use super::meta::{Meta, write_zeroes};
 use super::types::Entry;
 use crate::block::driver::Flags;
+pub use crate::block::driver::Preallocation;
 use crate::block::node::Node;
 use std::io;
-use std::sync::atomic::Ordering;
-
-/// How much is allocated at creation (`preallocation`).
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub enum Preallocation {
-    /// Nothing.
-    #[default]
-    Off,
-    /// The tables; the data clusters are holes in the file.
-    Metadata,
-    /// Also the file system's space.
-    Falloc,
-    /// Also written, as zeroes.
-    Full,
-}
+use std::ops::Range;
 
 /// Host clusters for adjacent guest clusters that had none.
 struct Piece {
@@ -34,16 +22,18 @@ struct Piece {
 }
 
 impl Qcow2 {
-    /// Allocates all of the disk.
-    pub(super) fn preallocate(&self, how: Preallocation) -> io::Result<()> {
-        let size = self.size.load(Ordering::SeqCst);
-        if how == Preallocation::Off || size == 0 {
+    /// Allocates all clusters that lie in `range` of a disk that is to be `range.end` bytes long,
+    /// if they have no place yet. Nobody uses them meanwhile.
+    pub(super) fn preallocate(&self, range: Range<u64>, how: Preallocation) -> io::Result<()> {
+        if how == Preallocation::Off || range.is_empty() {
             return Ok(());
         }
+        let size = range.end;
         let file = self.file()?;
         let data = self.data()?;
         let end = self.geo.clusters(0, size).end;
-        let mut c = 0;
+        // The cluster that the old end lies in is left as it is: it holds data, or may yet get them.
+        let mut c = self.geo.cluster(self.geo.round_up(range.start));
         while c < end {
             let mut meta = self.lock();
             if meta.wants_checkpoint() {
@@ -54,6 +44,10 @@ impl Qcow2 {
             let piece = meta.take_piece(&file, c, end);
             drop(meta);
             let p = self.judge(piece)?;
+            if p.count == 0 {
+                c += 1;
+                continue;
+            }
             let mut len = p.count << self.geo.cluster_bits;
             if self.data_file.is_some() {
                 len = len.min(size - p.host);
@@ -61,7 +55,8 @@ impl Qcow2 {
             match how {
                 Preallocation::Falloc => data.zero(p.host, len, Flags::NONE)?,
                 Preallocation::Full => write_data(&data, p.host, len)?,
-                // An external data file may have had other contents.
+                // An external data file may have had other contents; holes in it are as good.
+                _ if self.data_file.is_some() => data.zero(p.host, len, Flags::MAY_UNMAP)?,
                 _ if !p.fresh => write_zeroes(&data, p.host, len)?,
                 _ => {}
             }
@@ -78,7 +73,18 @@ impl Meta {
         let geo = self.geo;
         self.ensure_l2(file, c)?;
         let per_page = geo.page_size() >> geo.entry_bits();
-        let count = end.min((c | (per_page - 1)) + 1) - c;
+        let most = end.min((c | (per_page - 1)) + 1) - c;
+        let mut count = 0;
+        while count < most {
+            let entry = self.entry(file, c + count)?;
+            if entry.host.is_some() || entry.compressed.is_some() {
+                break;
+            }
+            count += 1;
+        }
+        if count == 0 {
+            return Ok(Piece { first: c, count, host: 0, fresh: false });
+        }
         if geo.external {
             return Ok(Piece { first: c, count, host: c << geo.cluster_bits, fresh: false });
         }
@@ -89,10 +95,13 @@ impl Meta {
     fn link_piece(&mut self, file: &Node, p: &Piece) -> io::Result<()> {
         for i in 0..p.count {
             let host = p.host + (i << self.geo.cluster_bits);
-            // Subclusters stay unallocated, so that a backing file shows through until they are
-            // written.
-            let data = if self.geo.extended { 0 } else { 1 };
-            let entry = Entry { host: Some(host), copied: true, data, ..Entry::default() };
+            // Subclusters stay what they are: zeroes, or nothing, so that a backing file shows
+            // through until they are written.
+            let (data, zero) = match self.geo.extended {
+                true => (0, self.entry(file, p.first + i)?.zero),
+                false => (1, 0),
+            };
+            let entry = Entry { host: Some(host), copied: true, data, zero, compressed: None };
             self.set_entry(file, p.first + i, &entry)?;
         }
         self.barrier = true;

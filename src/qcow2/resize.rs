@@ -4,7 +4,8 @@
 //! one would do). Locks: `meta`; shrinking takes the image for itself while it cuts.
 //!
 //! Growing: the L1 table is made larger, what would show in the new part (the rest of the last
-//! cluster, a longer backing file) becomes zeroes, and only then the size changes. Shrinking: the
+//! cluster, a longer backing file) becomes zeroes, what is to be allocated in advance is, and only
+//! then the size changes. Shrinking: the
 //! smaller size is made durable first, then the clusters behind it are given up. A crash in
 //! between leaves clusters behind the end of the disk, where nobody reads; growing clears them.
 
@@ -14,7 +15,7 @@ use super::header::MAX_L1_BYTES;
 use super::meta::Meta;
 use super::mutant::Mutant;
 use crate::block::debug::BlkdebugEvent;
-use crate::block::driver::Flags;
+use crate::block::driver::{Flags, Preallocation};
 use crate::block::node::Node;
 use std::io;
 use std::sync::atomic::Ordering;
@@ -24,7 +25,7 @@ impl Qcow2 {
     ///
     /// # Errors
     /// QEMU's texts; nothing the guest sees has changed then.
-    pub(super) fn resize_to(&self, len: u64) -> io::Result<()> {
+    pub(super) fn resize_to(&self, len: u64, how: Preallocation) -> io::Result<()> {
         let invalid = |text: &str| Err(io::Error::new(io::ErrorKind::InvalidInput, text));
         if !len.is_multiple_of(512) {
             return invalid("The new size must be a multiple of 512");
@@ -42,7 +43,10 @@ impl Qcow2 {
         let old = self.size.load(Ordering::SeqCst);
         match len.cmp(&old) {
             std::cmp::Ordering::Equal => Ok(()),
-            std::cmp::Ordering::Greater => self.grow(old, len),
+            std::cmp::Ordering::Greater => self.grow(old, len, how),
+            std::cmp::Ordering::Less if how != Preallocation::Off => {
+                invalid("Preallocation can't be used for shrinking an image")
+            }
             std::cmp::Ordering::Less => self.shrink(old, len),
         }
     }
@@ -54,7 +58,9 @@ impl Qcow2 {
         self.size.store(len, Ordering::SeqCst);
     }
 
-    fn grow(&self, old: u64, len: u64) -> io::Result<()> {
+    fn grow(&self, old: u64, len: u64, how: Preallocation) -> io::Result<()> {
+        // A raw data file is good by itself only if no table says otherwise.
+        let how = if self.raw_data() && how == Preallocation::Off { Preallocation::Metadata } else { how };
         let file = self.file()?;
         let result = self.lock().grow_l1(&file, len);
         self.judge(result)?;
@@ -83,6 +89,16 @@ impl Qcow2 {
                 other => other?,
             }
             pos += step;
+        }
+        if how != Preallocation::Off
+            && let Err(e) = self.preallocate(old..len, how)
+        {
+            let _alone = self.exclusive();
+            let (first, end) = (self.geo.round_up(old), self.geo.round_up(len));
+            if let Err(e) = self.erase(first, end - first, Erase::Cut) {
+                log::warn!("qcow2: clusters behind the end of the disk are not freed: {e}");
+            }
+            return Err(e);
         }
         // The header must not say the new size before the disk says what is there.
         self.checkpoint(true)?;

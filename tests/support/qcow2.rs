@@ -205,6 +205,14 @@ pub fn fresh(options: &create::CreateOptions) -> Arc<Disk> {
     disk
 }
 
+/// The same with an external data file, if the options name one.
+pub fn fresh_pair(options: &create::CreateOptions) -> (Arc<Disk>, Option<Arc<Disk>>) {
+    let disk = Disk::new(Vec::new());
+    let outside = options.data_file.as_ref().map(|_| Disk::new(Vec::new()));
+    create::create(&node(&disk), outside.as_ref().map(node).as_ref(), options).expect("create");
+    (disk, outside)
+}
+
 /// A sector that names its writer and itself; writer 0 writes zeroes.
 pub fn contents(id: u32, sector: u64) -> [u8; 512] {
     let mut out = [0; 512];
@@ -238,6 +246,17 @@ pub fn fails(test: impl FnOnce() + std::panic::UnwindSafe) -> bool {
 /// Opens the image on `disk`; with a backing node if one is given.
 pub fn open_image(disk: &Arc<Disk>, backing: Option<Arc<Node>>, options: Options) -> io::Result<Qcow2> {
     open::open(edge("file", node(disk)), Edge::new("backing", backing), None, options)
+}
+
+/// The same with an external data file, if there is one.
+pub fn open_pair(
+    disk: &Arc<Disk>,
+    outside: &Option<Arc<Disk>>,
+    backing: Option<Arc<Node>>,
+    options: Options,
+) -> io::Result<Qcow2> {
+    let outside = outside.as_ref().map(|d| edge("data-file", node(d)));
+    open::open(edge("file", node(disk)), Edge::new("backing", backing), outside, options)
 }
 
 pub fn read(image: &dyn Driver, off: u64, len: usize) -> io::Result<Vec<u8>> {
