@@ -183,7 +183,7 @@ impl Qcow2 {
         self.early_free();
         let page = self.judge(result)?;
         if let Some(flight) = flight {
-            self.give_back(&page.outside, how);
+            self.punch_outside(&page.outside, how);
             flight.landed(self.lock());
         }
         if let Some(range) = page.write {
@@ -193,7 +193,7 @@ impl Qcow2 {
     }
 
     /// Gives the space of those parts of the external data file back to its file system. A hint.
-    fn give_back(&self, parts: &[Range<u64>], how: Erase) {
+    fn punch_outside(&self, parts: &[Range<u64>], how: Erase) {
         let Ok(data) = self.data() else { return };
         let have = data.len();
         for r in parts.iter().filter(|r| r.start < have && self.punch) {
