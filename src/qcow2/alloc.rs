@@ -213,8 +213,19 @@ impl Meta {
             file.moment_locked(BlkdebugEvent::RefblockAllocWrite);
             write_zeroes(file, start << self.geo.cluster_bits, len)?;
         }
-        // From here on only set_refcount can fail, by a read error of an existing block: what is
-        // marked by then is leaked, nothing is wrong.
+        // Blocks that exist may have to be read, which can fail: so they come first.
+        self.barrier = true;
+        let is_new = |k: &u64| blocks.binary_search(&(k >> bits)).is_ok();
+        for k in (start..end).filter(|k| !is_new(k)) {
+            if let Err(e) = self.set_refcount(file, k, 1) {
+                for done in (start..k).filter(|k| !is_new(k)) {
+                    // What cannot be taken back is leaked.
+                    let _ = self.set_refcount(file, done, 0);
+                }
+                return Err(e);
+            }
+        }
+        // From here on nothing can fail: new blocks are zeroes, and need not be read.
         if table > 0 {
             self.move_reftable(start + blocks.len() as u64, table);
         }
@@ -226,8 +237,12 @@ impl Meta {
         }
         self.tail = end;
         self.fresh = self.fresh.max(end);
-        self.barrier = true;
-        for k in start..end {
+        for k in (start..end).filter(is_new) {
+            if let Some((page, _)) = self.refcount_place(k)?
+                && !self.refs.has(page)
+            {
+                self.refs.insert(page, vec![0; self.geo.page_size() as usize].into());
+            }
             self.set_refcount(file, k, 1)?;
         }
         Ok((end - want, fresh))

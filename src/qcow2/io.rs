@@ -333,7 +333,9 @@ impl Qcow2 {
         let start = plan.data.start - head.push(&mut iov) as u64;
         iov.append(&from.slice(at, n));
         tail.push(&mut iov);
-        node.moment(BlkdebugEvent::CowWrite);
+        if !head.is_nothing() || !tail.is_nothing() {
+            node.moment(BlkdebugEvent::CowWrite);
+        }
         node.write(host(start), &iov, Flags::NONE)
     }
 
