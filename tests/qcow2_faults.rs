@@ -132,7 +132,8 @@ fn work(image: &Image, model: &mut Model, rng: &mut Rng, rounds: u32) -> u32 {
         let id = 2 + round;
         match rng.below(16) {
             0 | 1 => {
-                let done = failed(node.zero(off, len, if rng.one_in(2) { Flags::MAY_UNMAP } else { Flags::NONE }));
+                let done =
+                    failed(node.zero(off, len, if rng.one_in(2) { Flags::MAY_UNMAP } else { Flags::NONE }));
                 model.change(first, count, 0, done);
             }
             2 => {
@@ -187,7 +188,8 @@ fn prepare(dir: &Dir, seed: u64) -> (String, Model) {
     std::fs::write(&base, data).unwrap();
     // Small tables, so that much happens: with clusters of 512 bytes an L2 table maps 32 KiB, and a refcount block
     // 32 KiB of the file. Larger ones are copied when they are written in part.
-    let options = if seed.is_multiple_of(2) { "cluster_size=512,refcount_bits=64" } else { "cluster_size=2048" };
+    let options =
+        if seed.is_multiple_of(2) { "cluster_size=512,refcount_bits=64" } else { "cluster_size=2048" };
     qemu("qemu-img", &["create", "-q", "-f", "qcow2", "-o", options, "-F", "raw", "-b", &base, &path, "2M"]);
     let mut model = Model::new();
     let mut image = Image::open(&path, json!({})).unwrap();
@@ -223,7 +225,10 @@ fn run(event: BlkdebugEvent, errno: i32, nth: i64, once: bool, seed: u64) -> boo
     let whole = once && (image.node.flush().is_ok() || image.node.flush().is_ok());
     if once && !whole {
         // Only an image that cannot tell what it is any more refuses to go on.
-        assert!(image.node.write(0, &Iov::from_slice(&contents(2, 0)), Flags::NONE).is_err(), "{what}: no flush");
+        assert!(
+            image.node.write(0, &Iov::from_slice(&contents(2, 0)), Flags::NONE).is_err(),
+            "{what}: no flush"
+        );
     }
     if whole {
         verify(&image.node, &model.now, &what);
@@ -303,5 +308,8 @@ fn an_error_at_any_moment_loses_nothing() {
             break HAPPEN.iter().filter(|e| !came.contains(*e)).collect();
         }
     };
-    assert!(missing.is_empty(), "no error came at {missing:?}: the moments are gone, or the work is too small");
+    assert!(
+        missing.is_empty(),
+        "no error came at {missing:?}: the moments are gone, or the work is too small"
+    );
 }
