@@ -62,6 +62,20 @@ pub enum Event {
         /// How many of them.
         sectors_count: u64,
     },
+    /// The guest moved the tray of a drive, or a reset closed it.
+    TrayMoved {
+        /// QOM path of the guest device.
+        qom_path: String,
+        /// It is open now.
+        open: bool,
+    },
+    /// A guest device is gone.
+    DeviceDeleted {
+        /// Its id, or "".
+        id: String,
+        /// Its QOM path.
+        qom_path: String,
+    },
     /// A vCPU thread cannot go on; the text says why.
     VcpuFailed {
         /// Which vCPU.

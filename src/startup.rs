@@ -158,7 +158,7 @@ fn add(vm: &mut Vm, inherited: &Inherited, table: &Table, check: bool) -> Result
         Kind::Object => command(vm, "object-add"),
         Kind::Blockdev => command(vm, "blockdev-add"),
         Kind::Drive => vm.add_drive(args),
-        Kind::Device => vm.add_device(&args),
+        Kind::Device => vm.add_device(&args, false),
         Kind::Netdev => {
             let options = NetdevOptions::take(Value::Object(args), &Path::Root)?;
             if check {

@@ -7,6 +7,7 @@ use super::driver::Perm;
 use super::graph::{Graph, well_formed};
 use super::handle::{Handle, HandleSpec, OnError};
 use super::node::Node;
+use super::tray::Tray;
 use crate::bail;
 use crate::error::Result;
 use crate::event::Events;
@@ -19,12 +20,10 @@ pub struct Device {
     pub id: String,
     /// QOM path of the device, or of the part of it that has the disk.
     pub qom_path: String,
-    /// The medium can be taken out.
+    /// How `query-block` names it: by its id, or by the path of the part that has the disk.
+    pub qdev: String,
+    /// The medium can be taken out: it has a tray, and may be empty.
     pub removable: bool,
-    /// For a device with a tray: whether it is open.
-    pub tray_open: Option<bool>,
-    /// The guest has locked the tray.
-    pub locked: bool,
     /// It reports `io-status`.
     pub io_status: bool,
 }
@@ -67,6 +66,10 @@ pub struct Drive {
     pub device: Option<Device>,
     /// Made by `-drive` with an interface (`if=virtio`): it was given a device by itself.
     pub automatic: bool,
+    /// Whoever uses it writes, if the medium can be written.
+    pub(super) writes: bool,
+    /// The next medium is only read, when nothing else is said: as the last one was.
+    pub read_only: bool,
 }
 
 impl Drive {
@@ -97,6 +100,11 @@ impl Drives {
     /// The drive of that legacy name.
     pub fn find(&self, name: &str) -> Option<&Drive> {
         self.list.iter().find(|d| d.name() == name && !name.is_empty())
+    }
+
+    /// The same.
+    pub fn find_mut(&mut self, name: &str) -> Option<&mut Drive> {
+        self.list.iter_mut().find(|d| d.name() == name && !name.is_empty())
     }
 
     /// The drive of the guest device with that id or QOM path.
@@ -135,22 +143,24 @@ impl Drives {
         spec.uses = Perm::CONSISTENT_READ | if write { Perm::WRITE } else { Perm::NONE };
         spec.shares = Perm::ALL;
         let handle = graph.attach(node, spec)?;
-        self.list.push(Drive { handle: handle.clone(), device: None, automatic });
+        self.list.push(Drive { handle: handle.clone(), device: None, automatic, writes: true, read_only: false });
         Ok(handle)
     }
 
     /// Gives a new guest device its disk: `what` names a drive, or a node, which gets a drive
-    /// without a name. `model` is for the message when there is neither.
+    /// without a name; None is an empty drive without a name. `model` is for the message when there
+    /// is neither.
     pub fn attach_device(
         &mut self,
         graph: &mut Graph,
-        what: &str,
+        what: Option<&str>,
         model: &str,
         device: Device,
         how: &Use,
         events: &Events,
     ) -> Result<Arc<Handle>> {
-        if let Some(drive) = self.list.iter_mut().find(|d| d.name() == what && !what.is_empty()) {
+        let named = what.filter(|what| !what.is_empty());
+        if let (Some(what), Some(drive)) = (what, self.list.iter_mut().find(|d| Some(d.name()) == named)) {
             if drive.device.is_some() && drive.automatic {
                 bail!(
                     "Drive '{what}' is already in use because it has been automatically connected \
@@ -160,12 +170,19 @@ impl Drives {
             if drive.device.is_some() {
                 bail!("Drive '{what}' is already in use by another device");
             }
+            if drive.handle.node().is_none() && !device.removable {
+                bail!("Device needs media, but drive is empty");
+            }
             let handle = drive.handle.clone();
             let (uses, shares) = perms(how, handle.node().as_ref());
             handle.set_owner(&device.id, &device.qom_path, Some(events.clone()));
             if let Err(e) = graph.set_perm(&handle, uses, shares) {
                 handle.set_owner("", "", None);
                 return Err(e);
+            }
+            drive.writes = !how.read_only;
+            if device.removable {
+                handle.set_tray(Tray::new(&device.qom_path, events.clone()));
             }
             drive.device = Some(device);
             let drives = handle.policy();
@@ -176,10 +193,14 @@ impl Drives {
             }
             return Ok(handle);
         }
-        let Some(node) = graph.find(what).cloned() else {
-            bail!("Property '{model}.drive' can't find value '{what}'");
+        let node = match what {
+            None => None,
+            Some(what) => match graph.find(what) {
+                Some(node) => Some(node.clone()),
+                None => bail!("Property '{model}.drive' can't find value '{what}'"),
+            },
         };
-        let (uses, shares) = perms(how, Some(&node));
+        let (uses, shares) = perms(how, node.as_ref());
         let spec = HandleSpec {
             name: String::new(),
             uses,
@@ -188,9 +209,13 @@ impl Drives {
             rerror: how.rerror,
             werror: how.werror,
         };
-        let handle = graph.attach_as(Some(node), spec, &device.id)?;
+        let handle = graph.attach_as(node, spec, &device.id)?;
         handle.set_owner(&device.id, &device.qom_path, Some(events.clone()));
-        self.list.push(Drive { handle: handle.clone(), device: Some(device), automatic: false });
+        if device.removable {
+            handle.set_tray(Tray::new(&device.qom_path, events.clone()));
+        }
+        let writes = !how.read_only;
+        self.list.push(Drive { handle: handle.clone(), device: Some(device), automatic: false, writes, read_only: true });
         Ok(handle)
     }
 
@@ -199,6 +224,9 @@ impl Drives {
         let gone = |d: &mut Drive| d.device.as_ref().is_some_and(|v| v.qom_path == qom_path);
         for drive in self.list.extract_if(.., gone) {
             drive.handle.on_resize(None);
+            if let Some(tray) = drive.handle.tray() {
+                tray.on_news(None);
+            }
             graph.detach(&drive.handle);
         }
     }

@@ -31,7 +31,7 @@ impl Bench {
         let device =
             Device { id: id.into(), qom_path: format!("/machine/peripheral/{id}"), ..Device::default() };
         let (graph, events) = (&mut self.graph, &self.events);
-        self.drives.attach_device(graph, what, "virtio-blk-pci", device, how, events)
+        self.drives.attach_device(graph, Some(what), "virtio-blk-pci", device, how, events)
     }
 }
 
@@ -89,8 +89,11 @@ fn a_device_takes_a_drive_or_a_node_once() {
     );
     b.device("n1", "vd1", &Use::default()).unwrap();
     let e = b.device("n1", "vd2", &Use::default()).err().unwrap();
-    assert!(e.desc.contains("required by block device 'vd2'"), "{e}");
-    assert!(e.desc.contains("unshared by block device 'vd1'"), "{e}");
+    assert!(e.desc.contains("required by block device 'vd1'"), "{e}");
+    assert!(e.desc.contains("unshared by block device 'vd2'"), "{e}");
+    b.drive("empty", None).unwrap();
+    let e = b.device("empty", "vd2", &Use::default()).err().unwrap();
+    assert_eq!(e.desc, "Device needs media, but drive is empty");
     let both = Use { share_rw: true, ..Use::default() };
     b.drives.detach_device(&mut b.graph, "/machine/peripheral/vd1");
     b.device("n1", "vd3", &both).unwrap();

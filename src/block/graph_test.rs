@@ -329,9 +329,9 @@ fn a_second_writer_is_refused_by_name() {
     let refused = graph.attach(Some(a.clone()), spec("")).err().unwrap();
     assert_eq!(
         refused.desc,
-        "Permission conflict on node 'a': permissions 'write' are both required by an unnamed \
-         block device (uses node 'a' as 'root' child) and unshared by block device 'disk0' (uses \
-         node 'a' as 'root' child)."
+        "Permission conflict on node 'a': permissions 'write' are both required by block \
+         device 'disk0' (uses node 'a' as 'root' child) and unshared by an unnamed block device \
+         (uses node 'a' as 'root' child)."
     );
     assert_eq!(graph.handles().len(), 1, "nothing is left of the refused one");
     // A reader is welcome, also through a filter.

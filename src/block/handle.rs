@@ -30,11 +30,12 @@ use super::gate::Gate;
 use super::node::{Edge, Node, errno};
 use super::stats::{Kind, Stats};
 use super::throttle::Member;
+use super::tray::Tray;
 use crate::event::{BlockIoError, ErrorAction, Event, Events};
 use crate::sys::iov::{Iov, IovMut};
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// What to do about a failed request (`rerror`, `werror`).
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -188,6 +189,7 @@ pub struct Handle {
     io_status: AtomicU8,
     owner: Mutex<Owner>,
     resized: Mutex<Option<ResizeHook>>,
+    tray: OnceLock<Arc<Tray>>,
 }
 
 fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -213,6 +215,7 @@ impl Handle {
             io_status: AtomicU8::new(0),
             owner: Mutex::new(Owner::default()),
             resized: Mutex::new(None),
+            tray: OnceLock::new(),
         })
     }
 
@@ -454,6 +457,17 @@ impl Handle {
         if let Some(hook) = &*lock(&self.resized) {
             hook(len);
         }
+    }
+
+    /// The tray, for a device with removable media.
+    pub fn tray(&self) -> Option<Arc<Tray>> {
+        self.tray.get().cloned()
+    }
+
+    /// Gives it a tray; once, before its device uses it.
+    pub(crate) fn set_tray(&self, tray: Arc<Tray>) {
+        // A second device would be an error of the caller: a drive has one in its life.
+        let _ = self.tray.set(tray);
     }
 
     /// The root node, if there is a medium. Control thread.

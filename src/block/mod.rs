@@ -26,6 +26,7 @@ pub mod filter_throttle;
 pub mod gate;
 pub mod graph;
 pub mod handle;
+pub mod medium;
 pub mod node;
 mod node_options;
 pub mod null;
@@ -40,3 +41,4 @@ pub mod stats;
 #[cfg(test)]
 pub mod testing;
 pub mod throttle;
+pub mod tray;

@@ -151,9 +151,10 @@ pub(super) fn check(nodes: &[Arc<Node>], roots: &[Use]) -> Result<Vec<Verdict>> 
     let mut out = Vec::new();
     for node in order(nodes)? {
         let list = users.remove(&key(&node)).unwrap_or_default();
-        for (i, a) in list.iter().enumerate() {
-            for b in &list[i + 1..] {
-                if let Some(e) = conflict(a, b).or_else(|| conflict(b, a)) {
+        // The newest user is the first to be asked what it shares, as in QEMU.
+        for (i, a) in list.iter().enumerate().rev() {
+            for (j, b) in list.iter().enumerate().rev() {
+                if let Some(e) = conflict(a, b).filter(|_| i != j) {
                     return Err(e);
                 }
             }

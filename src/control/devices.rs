@@ -9,10 +9,11 @@ use crate::bail;
 use crate::block::drive::{self, Drives, Use};
 use crate::block::graph::{Graph, well_formed};
 use crate::block::handle::{Handle, OnError};
-use crate::error::{Error, Result};
-use crate::event::Events;
+use crate::error::{Class, Error, Result};
+use crate::event::{Event, Events};
 use crate::net::netdev::{Netdev, Netdevs};
-use crate::virtio::kinds::{Backends, Device, DriveUse, Request, Sockets, User};
+use crate::virtio::kinds::{Backends, Device, DriveUse, Place, Request, Sockets, User};
+use crate::virtio::scsi::Bus;
 use crate::virtio::worker::{IoThread, SlowThread};
 use serde_json::{Map, Value};
 use std::sync::Arc;
@@ -24,15 +25,17 @@ pub struct Devices {
     slow: Arc<SlowThread>,
     /// Network cards that were given no address so far.
     macs: u8,
+    /// Devices without an id so far.
+    anonymous: usize,
 }
 
 impl Devices {
-    /// Whether a device may have that id; QEMU's texts.
-    fn check_id(&self, id: &str) -> Result<()> {
+    /// Whether a device may have that id; QEMU's texts. At run time any id will do, as in QEMU.
+    fn check_id(&self, id: &str, running: bool) -> Result<()> {
         if id.is_empty() {
             return Ok(());
         }
-        if !well_formed(id) {
+        if !running && !well_formed(id) {
             bail!("Parameter 'id' expects an identifier");
         }
         if self.list.iter().any(|d| d.user.id == id) {
@@ -45,7 +48,37 @@ impl Devices {
     pub fn iter(&self) -> impl Iterator<Item = &Device> {
         self.list.iter()
     }
+
+    /// The device with that id or QOM path.
+    pub fn find(&self, id: &str) -> Option<&Device> {
+        self.list.iter().find(|d| is_called(d, id))
+    }
+
+    /// The SCSI buses, oldest first.
+    fn buses(&self) -> Vec<Arc<Bus>> {
+        let bus = |d: &Device| match &d.place {
+            Place::Slot(_, face) => face.scsi_bus(),
+            Place::Unit(..) => None,
+        };
+        self.list.iter().filter_map(bus).collect()
+    }
 }
+
+fn is_called(device: &Device, id: &str) -> bool {
+    device.user.qom_path == id || (device.user.id == id && !id.is_empty())
+}
+
+/// Objects of QEMU's tree that are no devices.
+const CONTAINERS: &[&str] = &[
+    "/",
+    "/backend",
+    "/chardevs",
+    "/machine",
+    "/machine/peripheral",
+    "/machine/peripheral-anon",
+    "/machine/unattached",
+    "/objects",
+];
 
 /// What devices may take, borrowed from the VM for the making of one.
 struct Shelf<'a> {
@@ -58,7 +91,13 @@ struct Shelf<'a> {
 }
 
 impl Backends for Shelf<'_> {
-    fn drive(&mut self, property: &str, name: &str, user: &User, usage: &DriveUse) -> Result<Arc<Handle>> {
+    fn drive(
+        &mut self,
+        property: &str,
+        name: Option<&str>,
+        user: &User,
+        usage: &DriveUse,
+    ) -> Result<Arc<Handle>> {
         let word = |w: &Option<String>| w.as_deref().and_then(OnError::from_word).unwrap_or_default();
         let how = Use {
             read_only: usage.read_only,
@@ -71,8 +110,9 @@ impl Backends for Shelf<'_> {
         let device = drive::Device {
             id: user.id.clone(),
             qom_path: user.qom_path.clone(),
+            qdev: if usage.whole && !user.id.is_empty() { &user.id } else { &user.qom_path }.clone(),
+            removable: usage.removable,
             io_status: true,
-            ..drive::Device::default()
         };
         let model = property.split('.').next().unwrap_or(property);
         self.drives.attach_device(self.graph, name, model, device, &how, self.events)
@@ -102,22 +142,25 @@ impl Backends for Shelf<'_> {
 }
 
 impl Vm {
-    /// Makes the device that `args` (those of `device_add`) describe, and plugs it.
-    pub fn add_device(&mut self, args: &Map<String, Value>) -> Result<()> {
+    /// Makes the device that `args` (those of `device_add`) describe, and plugs it. `running`: the
+    /// guest may have seen the machine already.
+    pub fn add_device(&mut self, args: &Map<String, Value>, running: bool) -> Result<()> {
         let (Some(machine), Some(board)) = (&self.machine, &self.board) else {
             return Err(Error::new("there is no machine"));
         };
-        if args.get("driver").and_then(Value::as_str) == Some("isa-debug-exit") {
+        if !running && args.get("driver").and_then(Value::as_str) == Some("isa-debug-exit") {
             return board.add_debug_exit(machine, args);
         }
-        let request = Request::parse(args)?;
-        self.devices.check_id(request.id())?;
+        let buses = self.devices.buses();
+        let request = Request::parse(args, running, &buses)?;
+        self.devices.check_id(request.id(), running)?;
         let sockets = Sockets {
             root: board.pci.clone(),
             mem: machine.mem.clone(),
             interrupts: machine.interrupts.clone(),
             slow: self.devices.slow.clone(),
             cpus: self.settings.topology.cpus(),
+            buses,
         };
         let mut shelf = Shelf {
             graph: &mut self.graph,
@@ -127,9 +170,30 @@ impl Vm {
             events: &self.events,
             macs: &mut self.devices.macs,
         };
-        let anonymous = self.devices.list.iter().filter(|d| d.user.id.is_empty()).count();
-        let device = request.plug(&sockets, &mut shelf, anonymous)?;
+        let device = request.plug(&sockets, &mut shelf, self.devices.anonymous)?;
+        self.devices.anonymous += usize::from(device.user.id.is_empty());
         self.devices.list.push(device);
+        Ok(())
+    }
+
+    /// `device_del`: takes a device away that needs no help of the guest. Clients hear of it after
+    /// the answer. `id`: id or QOM path.
+    pub fn delete_device(&mut self, id: &str) -> Result<()> {
+        let Some(at) = self.devices.list.iter().position(|d| is_called(d, id)) else {
+            if CONTAINERS.contains(&id) {
+                bail!("{id} is not a device");
+            }
+            return Err(Error::of(Class::DeviceNotFound, format!("Device '{id}' not found")));
+        };
+        match &self.devices.list[at].place {
+            Place::Slot(..) => bail!("Bus 'pcie.0' does not support hotplugging"),
+            // Nobody finds the unit any more; whoever has found it loses the disk below.
+            Place::Unit(bus, unit) => bus.detach(unit),
+        }
+        let device = self.devices.list.remove(at);
+        self.drives.detach_device(&mut self.graph, &device.user.qom_path);
+        let User { id, qom_path } = device.user;
+        self.events.post(Event::DeviceDeleted { id, qom_path });
         Ok(())
     }
 }

@@ -28,6 +28,16 @@ wire_enum! {
 }
 
 wire_enum! {
+    /// What a drive is.
+    pub enum DriveMedia {
+        /// A disk.
+        "disk" Disk,
+        /// A CD or DVD.
+        "cdrom" Cdrom,
+    }
+}
+
+wire_enum! {
     /// How writes are cached (`cache`): QEMU's five modes.
     pub enum CacheMode {
         /// In the host's page cache; durable when the guest flushes.
@@ -87,6 +97,8 @@ wire_struct! {
         /// The image's format. Needed with `file`: images are not probed, because a guest that can
         /// write the first bytes of a raw disk could choose its format.
         format: Option<String>,
+        /// What it is: a `cdrom` is only read.
+        media: Option<DriveMedia>,
         /// Old name of `format`.
         driver: Option<String>,
         /// The node's name; automatic by default.
@@ -111,6 +123,10 @@ wire_struct! {
 }
 
 impl DriveOptions {
+    fn is_read_only(&self) -> bool {
+        self.read_only.unwrap_or(self.media == Some(DriveMedia::Cdrom))
+    }
+
     /// The arguments of a `blockdev-add`; None for a drive without a medium.
     fn blockdev(&mut self) -> Result<Option<Map<String, Value>>> {
         let mut node = std::mem::take(&mut self.rest.0);
@@ -143,7 +159,7 @@ impl DriveOptions {
         if let Some(name) = self.node_name.take() {
             node.insert("node-name".into(), name.into());
         }
-        node.insert("read-only".into(), self.read_only.unwrap_or(false).into());
+        node.insert("read-only".into(), self.is_read_only().into());
         node.entry("auto-read-only").or_insert(true.into());
         if let Some(discard) = self.discard {
             node.insert("discard".into(), discard.give());
@@ -266,9 +282,12 @@ impl Vm {
         };
         let automatic = interface == BlockInterfaceType::Virtio;
         self.drives.add(&mut self.graph, node, spec, automatic)?;
+        if let Some(drive) = self.drives.find_mut(&id) {
+            drive.read_only = options.is_read_only();
+        }
         if automatic {
             let args = json!({ "driver": "virtio-blk-pci", "drive": id });
-            self.add_device(args.as_object().unwrap_or(&Map::new()))?;
+            self.add_device(args.as_object().unwrap_or(&Map::new()), false)?;
         }
         Ok(())
     }

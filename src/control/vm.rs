@@ -428,6 +428,14 @@ impl Vm {
                 self.emit("QUORUM_FAILURE", data);
             }
             Event::BlockIoError(e) => self.block_io_error(e),
+            Event::TrayMoved { qom_path, open } => self.tray_moved(&qom_path, open),
+            Event::DeviceDeleted { id, qom_path } => {
+                let mut data = json!({ "path": qom_path });
+                if !id.is_empty() {
+                    data["device"] = id.into();
+                }
+                self.emit("DEVICE_DELETED", data);
+            }
             Event::Job(serial) => {
                 self.jobs.serve(&mut self.graph, serial);
                 self.tell_jobs();
@@ -438,6 +446,14 @@ impl Vm {
             Event::ExportIdle => self.reap_exports(),
             Event::Wake => {}
         }
+    }
+
+    /// Tells the clients that the tray of the device at `qom_path` has moved.
+    pub fn tray_moved(&mut self, qom_path: &str, open: bool) {
+        let Some(drive) = self.drives.of_device(qom_path) else { return };
+        let Some(device) = &drive.device else { return };
+        let data = json!({ "device": drive.name(), "id": device.qdev, "tray-open": open });
+        self.emit("DEVICE_TRAY_MOVED", data);
     }
 
     fn block_io_error(&mut self, e: BlockIoError) {

@@ -148,7 +148,7 @@ fn a_machine_that_goes_lets_go_of_the_virtual_machine() {
     let held = Arc::downgrade(&machine.interrupts);
     vm.machine = Some(machine);
     let rng = json!({ "driver": "virtio-rng-pci" });
-    vm.add_device(rng.as_object().unwrap()).unwrap();
+    vm.add_device(rng.as_object().unwrap(), false).unwrap();
     drop(vm);
     assert_eq!(held.strong_count(), 0, "something holds the interrupt controllers");
 }

@@ -3,6 +3,7 @@
 //!
 //! Owns: how the graph looks from outside. Never: changes anything. Threads: control. Locks: none.
 
+use super::cmd_snapshot::SnapshotInfo;
 use super::query_block_types::*;
 use super::schema::Cx;
 use crate::block::bitmap::Bitmap;
@@ -60,24 +61,25 @@ fn query_blockstats(cx: &mut Cx, query_nodes: Option<bool>) -> Result<Vec<BlockS
 }
 
 fn qdev(drive: &Drive) -> Option<String> {
-    drive.device.as_ref().map(|d| d.qom_path.clone())
+    drive.device.as_ref().map(|d| d.qdev.clone())
 }
 
 fn block_info(drive: &Drive) -> BlockInfo {
     let device = drive.device.as_ref();
+    let tray = drive.handle.tray();
     let reports = device.is_some_and(|d| d.io_status);
     BlockInfo {
         device: drive.name().to_string(),
         qdev: qdev(drive),
         kind: "unknown".to_string(),
         removable: device.is_none_or(|d| d.removable),
-        locked: device.is_some_and(|d| d.locked),
+        locked: tray.as_ref().is_some_and(|t| t.is_locked()),
         inserted: drive
             .handle
             .node()
             .map(Node::skip_implicit)
             .map(|n| device_info(&n, Some(&drive.handle), false)),
-        tray_open: device.and_then(|d| d.tray_open),
+        tray_open: tray.map(|t| t.is_open()),
         io_status: reports.then(|| match drive.handle.io_status() {
             IoStatus::Ok => BlockDeviceIoStatus::Ok,
             IoStatus::Failed => BlockDeviceIoStatus::Failed,
@@ -129,6 +131,9 @@ fn image_info(node: &Node, flat: bool) -> ImageInfo {
     let info = node.driver.info();
     let own = child(node, "file").map(|f| f.driver.filename()).unwrap_or_default();
     let backing = child(node, "backing").filter(|_| !flat);
+    // An image whose list cannot be read shows none.
+    let snapshots = node.driver.internal().and_then(|i| i.snapshots().ok());
+    let snapshots = snapshots.map(|list| list.into_iter().map(SnapshotInfo::from).collect::<Vec<_>>());
     let specific = info.specific.as_ref().and_then(|(kind, data)| {
         let value = json!({ "type": kind, "data": data });
         // A driver's words that the schema does not know would be an error of ours.
@@ -146,6 +151,7 @@ fn image_info(node: &Node, flat: bool) -> ImageInfo {
         full_backing_filename: info.backing_filename.as_ref().map(|name| combine(&own, name)),
         backing_filename: info.backing_filename,
         backing_filename_format: info.backing_format,
+        snapshots: snapshots.filter(|list| !list.is_empty()),
         format_specific: specific,
         backing_image: backing.map(|b| Box::new(image_info(&b, flat))),
     }

@@ -118,6 +118,21 @@ wire_struct! {
     }
 }
 
+impl From<driver::Snapshot> for SnapshotInfo {
+    fn from(s: driver::Snapshot) -> SnapshotInfo {
+        SnapshotInfo {
+            id: s.id,
+            name: s.name,
+            vm_state_size: s.vm_state_size,
+            date_sec: s.date_sec.into(),
+            date_nsec: s.date_nsec.into(),
+            vm_clock_sec: s.vm_clock_nsec / 1_000_000_000,
+            vm_clock_nsec: s.vm_clock_nsec % 1_000_000_000,
+            icount: s.icount,
+        }
+    }
+}
+
 /// What is to happen at one moment. The nodes that were opened for it are the user's until then, so
 /// that nobody closes them.
 #[derive(Default)]
@@ -335,16 +350,7 @@ fn delete_internal(
     drop(quiesced);
     let (id, name) = (id.as_deref().unwrap_or("null"), name.as_deref().unwrap_or("null"));
     match gone {
-        Ok(s) => Ok(SnapshotInfo {
-            id: s.id,
-            name: s.name,
-            vm_state_size: s.vm_state_size,
-            date_sec: s.date_sec.into(),
-            date_nsec: s.date_nsec.into(),
-            vm_clock_sec: s.vm_clock_nsec / 1_000_000_000,
-            vm_clock_nsec: s.vm_clock_nsec % 1_000_000_000,
-            icount: s.icount,
-        }),
+        Ok(s) => Ok(s.into()),
         Err(e) if e.raw_os_error() == Some(libc::ENOENT) => {
             bail!("Snapshot with id '{id}' and name '{name}' does not exist on device '{device}'")
         }

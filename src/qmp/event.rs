@@ -180,6 +180,24 @@ events! {
         "sectors-count" sectors_count: i64,
     };
 
+    /// The tray of a drive has moved, by the user's will or the guest's.
+    "DEVICE_TRAY_MOVED" {
+        /// The drive's name, or "".
+        device: String,
+        /// The guest device's id, or its path if it has none.
+        id: String,
+        /// It is open now.
+        "tray-open" tray_open: bool,
+    };
+
+    /// A guest device is gone; its id and its drive are free.
+    "DEVICE_DELETED" {
+        /// Its id, if it had one.
+        device: Option<String>,
+        /// Its path.
+        path: String,
+    };
+
     /// A write went beyond a node's write threshold, which is off now.
     "BLOCK_WRITE_THRESHOLD" {
         /// The node.

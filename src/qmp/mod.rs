@@ -15,11 +15,13 @@ mod cmd_blockdev;
 mod cmd_commit;
 mod cmd_core;
 mod cmd_create;
+mod cmd_device;
 mod cmd_fd;
 mod cmd_hmp;
 mod cmd_job;
 mod cmd_machine;
 mod cmd_nbd;
+mod cmd_medium;
 mod cmd_object;
 mod cmd_oob;
 mod cmd_query_block;
@@ -53,4 +55,6 @@ static TABLES: &[&[schema::Command]] = &[
     cmd_create::CREATE,
     cmd_nbd::NBD,
     cmd_backup::BACKUP,
+    cmd_medium::MEDIUM,
+    cmd_device::DEVICE,
 ];

@@ -2,6 +2,7 @@
 //!
 //! Owns: names and order of members. Never: where the values come from. Threads: control.
 
+use super::cmd_snapshot::SnapshotInfo;
 use crate::control::formats::BlockdevDetectZeroesOptions;
 use crate::{wire_enum, wire_struct, wire_union};
 
@@ -134,6 +135,8 @@ wire_struct! {
         "full-backing-filename" full_backing_filename: Option<String>,
         /// Its format, as the image records it.
         "backing-filename-format" backing_filename_format: Option<String>,
+        /// The snapshots inside it, if there are any.
+        snapshots: Option<Vec<SnapshotInfo>>,
         /// What only its format has.
         "format-specific" format_specific: Option<ImageInfoSpecific>,
         /// The backing file's image.

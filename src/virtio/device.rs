@@ -5,6 +5,7 @@
 //! thread at a time. Locks: none here.
 
 use super::queue::Queue;
+use super::scsi::Bus;
 use super::worker::IoThread;
 use std::io;
 use std::os::fd::RawFd;
@@ -59,6 +60,11 @@ pub trait VirtioDevice: Send + Sync {
 
     /// Back to power-on state, as far as the device itself keeps any. All workers are gone.
     fn reset(&self) {}
+
+    /// The bus that disks can be plugged into, if it is a SCSI controller.
+    fn scsi_bus(&self) -> Option<Arc<Bus>> {
+        None
+    }
 }
 
 /// The way from a device up to its driver. The transport implements it; any thread calls it.

@@ -10,6 +10,9 @@ use super::net::{Net, NetConfig, parse_mac};
 use super::pci::VirtioPci;
 use super::properties::{Properties, Property, Type};
 use super::rng::{Rng, RngConfig};
+use super::scsi::Bus;
+use super::scsi_kinds;
+use super::scsi_unit::{Address, Unit};
 use super::worker::{IoThread, SlowThread};
 use crate::bail;
 use crate::block::handle::Handle;
@@ -26,17 +29,46 @@ use std::time::Duration;
 pub struct Model {
     /// What `driver` says.
     pub name: &'static str,
-    /// Its properties, besides those of every PCI device.
+    /// Its properties, besides those of every device on such a bus.
     pub properties: &'static [Property],
     /// Makes one, not plugged yet.
-    pub make: fn(&Properties, &mut Making) -> Result<Arc<dyn VirtioDevice>>,
+    pub make: Make,
+}
+
+/// What a device is plugged into, and its constructor.
+#[derive(Clone, Copy)]
+pub enum Make {
+    /// A PCI slot.
+    Pci(fn(&Properties, &mut Making) -> Result<Arc<dyn VirtioDevice>>),
+    /// A SCSI bus.
+    Scsi(fn(&Properties, &mut Making, Address) -> Result<Arc<Unit>>),
 }
 
 /// All models. To add a device, add its row.
 pub const KINDS: &[Model] = &[
-    Model { name: "virtio-blk-pci", properties: BLK, make: make_blk },
-    Model { name: "virtio-net-pci", properties: NET, make: make_net },
-    Model { name: "virtio-rng-pci", properties: RNG, make: make_rng },
+    Model { name: "virtio-blk-pci", properties: BLK, make: Make::Pci(make_blk) },
+    Model { name: "virtio-net-pci", properties: NET, make: Make::Pci(make_net) },
+    Model { name: "virtio-rng-pci", properties: RNG, make: Make::Pci(make_rng) },
+    Model {
+        name: "virtio-scsi-pci",
+        properties: scsi_kinds::CONTROLLER,
+        make: Make::Pci(scsi_kinds::make_controller),
+    },
+    Model { name: "scsi-hd", properties: scsi_kinds::HD, make: Make::Scsi(scsi_kinds::make_hd) },
+    Model { name: "scsi-cd", properties: scsi_kinds::CD, make: Make::Scsi(scsi_kinds::make_cd) },
+];
+
+/// Models of QEMU whose bus is not in this machine, or takes no devices while it runs: said so in
+/// QEMU's words.
+const FOREIGN: &[(&str, &str)] = &[
+    ("device", "Parameter 'driver' expects a non-abstract device type"),
+    ("isa-serial", "Bus 'isa.0' does not support hotplugging"),
+    ("pc-testdev", "Bus 'isa.0' does not support hotplugging"),
+    ("isa-debug-exit", "Bus 'isa.0' does not support hotplugging"),
+    ("usb-mouse", "No 'usb-bus' bus found for device 'usb-mouse'"),
+    ("usb-kbd", "No 'usb-bus' bus found for device 'usb-kbd'"),
+    ("usb-tablet", "No 'usb-bus' bus found for device 'usb-tablet'"),
+    ("usb-storage", "No 'usb-bus' bus found for device 'usb-storage'"),
 ];
 
 /// Properties of every PCI device.
@@ -64,6 +96,10 @@ pub struct DriveUse {
     pub read_only: bool,
     /// It lets others write (`share-rw`).
     pub share_rw: bool,
+    /// The medium can be taken out: it gets a tray.
+    pub removable: bool,
+    /// It is the device itself that has the disk, not a part of it: `query-block` shows its id.
+    pub whole: bool,
     /// Does the disk have a volatile cache? None: as the drive says.
     pub write_cache: Option<bool>,
     /// `rerror`: `report`, `ignore`, `stop` or `auto`; None: as the drive says.
@@ -74,9 +110,15 @@ pub struct DriveUse {
 
 /// Where devices find what the user has named. Control implements it.
 pub trait Backends {
-    /// The drive `name` (a legacy drive or a node), for its only user. `property` is what names it
-    /// (`virtio-blk-pci.drive`), for the message when there is none.
-    fn drive(&mut self, property: &str, name: &str, user: &User, usage: &DriveUse) -> Result<Arc<Handle>>;
+    /// The drive `name` (a legacy drive or a node), for its only user; None: an empty one.
+    /// `property` is what names it (`virtio-blk-pci.drive`), for the message when there is none.
+    fn drive(
+        &mut self,
+        property: &str,
+        name: Option<&str>,
+        user: &User,
+        usage: &DriveUse,
+    ) -> Result<Arc<Handle>>;
     /// The netdev `name`, for its only user.
     fn netdev(&mut self, property: &str, name: &str, user: &User) -> Result<Arc<dyn Netdev>>;
     /// The `iothread` object `name`.
@@ -93,8 +135,15 @@ pub struct Making<'a> {
     pub user: &'a User,
     /// Drives and netdevs.
     pub backends: &'a mut dyn Backends,
-    /// Processors of the machine: as many queues are best.
-    pub cpus: usize,
+    /// The machine around it.
+    pub sockets: &'a Sockets,
+}
+
+impl Making<'_> {
+    /// A queue for each processor is best.
+    pub(super) fn queues(&self) -> u16 {
+        self.sockets.cpus.clamp(1, 64) as u16
+    }
 }
 
 /// The parts of the machine that a device is connected to.
@@ -110,6 +159,17 @@ pub struct Sockets {
     pub slow: Arc<SlowThread>,
     /// Processors of the machine.
     pub cpus: usize,
+    /// The SCSI buses, oldest first.
+    pub buses: Vec<Arc<Bus>>,
+}
+
+/// Where a device is plugged in.
+#[derive(Clone)]
+pub enum Place {
+    /// On a PCI slot.
+    Slot(u8, Arc<dyn VirtioDevice>),
+    /// On a SCSI bus.
+    Unit(Arc<Bus>, Arc<Unit>),
 }
 
 /// A device that was plugged.
@@ -119,10 +179,8 @@ pub struct Device {
     pub model: &'static str,
     /// Its id and place.
     pub user: User,
-    /// Its slot.
-    pub slot: u8,
-    /// Its face.
-    pub face: Arc<dyn VirtioDevice>,
+    /// Its place.
+    pub place: Place,
 }
 
 /// The arguments of `device_add`, checked as far as they can be alone.
@@ -130,32 +188,52 @@ pub struct Device {
 pub struct Request {
     model: usize,
     properties: Properties,
-    slot: Option<u8>,
 }
 
 impl Request {
-    /// Checks model and properties. Nothing is made.
-    pub fn parse(args: &Map<String, Value>) -> Result<Request> {
+    /// Checks model and properties. Nothing is made. `running`: the machine runs already, so that
+    /// not every bus takes devices. `buses`: the SCSI buses.
+    pub fn parse(args: &Map<String, Value>, running: bool, buses: &[Arc<Bus>]) -> Result<Request> {
         let Some(Value::String(driver)) = args.get("driver") else {
             bail!("Parameter 'driver' is missing");
         };
         let Some(model) = KINDS.iter().position(|k| k.name == driver) else {
-            bail!("'{driver}' is not a valid device model name");
+            match FOREIGN.iter().find(|(name, _)| running && name == driver) {
+                Some((_, why)) => bail!("{why}"),
+                None => bail!("'{driver}' is not a valid device model name"),
+            }
         };
         let kind = &KINDS[model];
-        let properties = Properties::parse(kind.name, &[COMMON, kind.properties], args)?;
-        if let Some(bus) = properties.text("bus").filter(|bus| !matches!(*bus, "pci.0" | "pcie.0")) {
-            bail!("Bus '{bus}' not found");
-        }
-        let slot = match properties.text("addr") {
+        let bus = args.get("bus").and_then(Value::as_str);
+        let on_pci = bus.is_some_and(|bus| matches!(bus, "pci.0" | "pcie.0"));
+        let on_scsi = bus.is_some_and(|bus| buses.iter().any(|b| b.name == bus));
+        let common = match (kind.make, bus) {
+            (_, Some(bus)) if !on_pci && !on_scsi => bail!("Bus '{bus}' not found"),
+            (Make::Pci(_), _) if on_scsi => bail!("Device '{}' can't go on SCSI bus", kind.name),
+            (Make::Scsi(_), _) if on_pci => bail!("Device '{}' can't go on PCIE bus", kind.name),
+            (Make::Pci(_), bus) if running => {
+                bail!("Bus '{}' does not support hotplugging", bus.unwrap_or("pcie.0"))
+            }
+            (Make::Scsi(_), None) if buses.is_empty() => {
+                bail!("No 'SCSI' bus found for device '{}'", kind.name)
+            }
+            (Make::Pci(_), _) => COMMON,
+            (Make::Scsi(_), _) => scsi_kinds::COMMON,
+        };
+        let request = Request { model, properties: Properties::parse(kind.name, &[common, kind.properties], args)? };
+        request.slot()?;
+        Ok(request)
+    }
+
+    fn slot(&self) -> Result<Option<u8>> {
+        Ok(match self.properties.text("addr") {
             None => None,
             Some(text) => match parse_addr(text) {
                 Some((slot, 0)) => Some(slot),
-                Some(_) => bail!("{}: only function 0", properties.bad_value("addr")),
-                None => bail!("{}", properties.bad_value("addr")),
+                Some(_) => bail!("{}: only function 0", self.properties.bad_value("addr")),
+                None => bail!("{}", self.properties.bad_value("addr")),
             },
-        };
-        Ok(Request { model, properties, slot })
+        })
     }
 
     /// The id that it will have, or "".
@@ -174,23 +252,54 @@ impl Request {
         };
         let name = if id.is_empty() { kind.name.to_string() } else { format!("{},id={id}", kind.name) };
         let user = User { id, qom_path };
-        sockets.root.find_slot(self.slot, &name)?;
-        let mut making = Making { user: &user, backends, cpus: sockets.cpus };
-        let result = (kind.make)(&self.properties, &mut making).and_then(|face| {
-            let vectors = self.properties.number("vectors");
-            let (mem, interrupts) = (sockets.mem.clone(), sockets.interrupts.clone());
-            let slow = sockets.slow.clone();
-            let pci = VirtioPci::new(face.clone(), name.clone(), mem, interrupts, slow, vectors);
-            let slot = sockets.root.plug(Arc::new(pci), self.slot, &name)?;
-            Ok((face, slot))
-        });
-        match result {
-            Ok((face, slot)) => Ok(Device { model: kind.name, user, slot, face }),
+        if let Make::Pci(_) = kind.make {
+            sockets.root.find_slot(self.slot()?, &name)?;
+        }
+        let mut making = Making { user: &user, backends, sockets };
+        let place = match kind.make {
+            Make::Pci(make) => self.plug_pci(make, &mut making, &name),
+            Make::Scsi(make) => self.plug_scsi(make, &mut making),
+        };
+        match place {
+            Ok(place) => Ok(Device { model: kind.name, user, place }),
             Err(e) => {
                 backends.release(&user);
                 Err(e)
             }
         }
+    }
+
+    fn plug_pci(
+        &self,
+        make: fn(&Properties, &mut Making) -> Result<Arc<dyn VirtioDevice>>,
+        making: &mut Making,
+        name: &str,
+    ) -> Result<Place> {
+        let (sockets, wanted) = (making.sockets, self.slot()?);
+        let face = make(&self.properties, making)?;
+        let vectors = self.properties.number("vectors");
+        let (mem, interrupts) = (sockets.mem.clone(), sockets.interrupts.clone());
+        let slow = sockets.slow.clone();
+        let pci = VirtioPci::new(face.clone(), name.to_string(), mem, interrupts, slow, vectors);
+        let slot = sockets.root.plug(Arc::new(pci), wanted, name)?;
+        Ok(Place::Slot(slot, face))
+    }
+
+    fn plug_scsi(
+        &self,
+        make: fn(&Properties, &mut Making, Address) -> Result<Arc<Unit>>,
+        making: &mut Making,
+    ) -> Result<Place> {
+        let wanted = self.properties.text("bus");
+        let bus = making.sockets.buses.iter().find(|b| wanted.is_none_or(|w| b.name == w));
+        let Some(bus) = bus.cloned() else { bail!("Bus '{}' not found", wanted.unwrap_or("SCSI")) };
+        if let Some(channel) = self.properties.number::<u32>("channel").filter(|c| *c != 0) {
+            bail!("bad scsi channel id: {channel}");
+        }
+        let address = bus.place(self.properties.number("scsi-id"), self.properties.number("lun"))?;
+        let unit = make(&self.properties, making, address)?;
+        bus.attach(unit.clone());
+        Ok(Place::Unit(bus, unit))
     }
 }
 
@@ -245,7 +354,7 @@ fn make_blk(p: &Properties, making: &mut Making) -> Result<Arc<dyn VirtioDevice>
         // 2^32 - 1 is QEMU's way to say "as the image says".
         discard_granularity: p.number("discard_granularity").filter(|g| *g != u32::MAX),
         // One for each processor, as in QEMU.
-        num_queues: p.number("num-queues").unwrap_or(making.cpus.clamp(1, 64) as u16),
+        num_queues: p.number("num-queues").unwrap_or(making.queues()),
         queue_size: p.number("queue-size").unwrap_or(d.queue_size),
         workers: p.number("workers").unwrap_or(d.workers),
         iothread,
@@ -261,11 +370,13 @@ fn make_blk(p: &Properties, making: &mut Making) -> Result<Arc<dyn VirtioDevice>
     let usage = DriveUse {
         read_only: config.read_only,
         share_rw: p.switch("share-rw").unwrap_or(false),
+        removable: false,
+        whole: false,
         write_cache: p.text("write-cache").filter(|w| *w != "auto").map(|w| w == "on"),
         rerror: p.text("rerror").map(str::to_string),
         werror: p.text("werror").map(str::to_string),
     };
-    let handle = making.backends.drive("virtio-blk-pci.drive", drive, making.user, &usage)?;
+    let handle = making.backends.drive("virtio-blk-pci.drive", Some(drive), making.user, &usage)?;
     Ok(Blk::new(config, handle)?)
 }
 

@@ -14,7 +14,14 @@ struct One {
 }
 
 impl Backends for One {
-    fn drive(&mut self, property: &str, name: &str, user: &User, usage: &DriveUse) -> Result<Arc<Handle>> {
+    fn drive(
+        &mut self,
+        property: &str,
+        name: Option<&str>,
+        user: &User,
+        usage: &DriveUse,
+    ) -> Result<Arc<Handle>> {
+        let name = name.unwrap_or_default();
         if name != "d0" {
             return Err(Error::new(format!("Property '{property}' can't find value '{name}'")));
         }
@@ -42,11 +49,12 @@ fn sockets(board: &Board) -> Sockets {
         interrupts: board.caught.clone(),
         slow: board.slow.clone(),
         cpus: 2,
+        buses: Vec::new(),
     }
 }
 
 fn request(args: Value) -> Result<Request> {
-    Request::parse(args.as_object().unwrap())
+    Request::parse(args.as_object().unwrap(), false, &[])
 }
 
 #[test]
@@ -55,11 +63,14 @@ fn a_disk_is_made_from_its_properties_and_plugged() {
     let args = json!({"driver": "virtio-blk-pci", "id": "disk0", "drive": "d0", "addr": "1f.0", "bus": "pcie.0",
         "serial": "abc", "read-only": true, "share-rw": "on", "write-cache": "off", "werror": "enospc"});
     let device = request(args).unwrap().plug(&sockets(&board), &mut backends, 0).unwrap();
-    assert_eq!((device.model, device.slot, &*device.user.id), ("virtio-blk-pci", 0x1f, "disk0"));
-    assert_eq!(device.face.queue_sizes().len(), 2, "a queue for each processor");
+    assert_eq!((device.model, &*device.user.id), ("virtio-blk-pci", "disk0"));
+    let Place::Slot(0x1f, face) = &device.place else { panic!("not on slot 1f") };
+    assert_eq!(face.queue_sizes().len(), 2, "a queue for each processor");
     let usage = DriveUse {
         read_only: true,
         share_rw: true,
+        removable: false,
+        whole: false,
         write_cache: Some(false),
         rerror: None,
         werror: Some("enospc".into()),
@@ -67,7 +78,8 @@ fn a_disk_is_made_from_its_properties_and_plugged() {
     assert_eq!(backends.asked, [("d0".to_string(), "/machine/peripheral/disk0".to_string(), usage)]);
     let device = request(json!({"driver": "virtio-rng-pci"})).unwrap();
     let device = device.plug(&sockets(&board), &mut backends, 7).unwrap();
-    assert_eq!((device.slot, &*device.user.qom_path), (1, "/machine/peripheral-anon/device[7]"));
+    assert!(matches!(device.place, Place::Slot(1, _)));
+    assert_eq!(device.user.qom_path, "/machine/peripheral-anon/device[7]");
     assert!(backends.released.is_empty());
 }
 

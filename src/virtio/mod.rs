@@ -16,6 +16,17 @@ pub mod properties;
 pub mod queue;
 pub mod registers;
 pub mod rng;
+pub mod scsi;
+mod scsi_cd;
+mod scsi_control;
+mod scsi_disk;
+mod scsi_io;
+mod scsi_kinds;
+mod scsi_pages;
+pub mod scsi_sense;
+#[cfg(test)]
+mod scsi_testing;
+pub mod scsi_unit;
 #[cfg(test)]
 pub mod testing;
 #[cfg(test)]

@@ -37,20 +37,23 @@ def config(needs, sockets):
     out += [table("[qmp]", {"socket": s}) for s in sockets[:needs.get("qmp_sockets", 1)]]
     for c in needs.get("controllers", []):
         out.append(table("[device]", {"driver": MODELS.get(c["kind"], c["kind"]), "id": c.get("id")}))
+    # nodes, drives, devices: the order in which QEMU makes them, whatever their order on its command line is
+    nodes, drives, devices = [], [], []
     for d in needs.get("drives", []):
         drive = d.get("id")
         if drive is not None:
-            out.append(table("[drive]", {"if": "none", "id": drive, "file": d.get("filename"), "format": d.get("format"),
+            drives.append(table("[drive]", {"if": "none", "id": drive, "file": d.get("filename"), "format": d.get("format"),
                                          "node-name": d.get("node-name"), "read-only": d.get("read-only")}))
         elif "filename" in d:
             drive = d["node-name"]
             below = {"driver": "file", "filename": d["filename"]}
             if "file-node-name" in d:
                 below["node-name"] = d["file-node-name"]
-            out.append(table("[blockdev]", {"driver": d["format"], "node-name": drive, "read-only": d.get("read-only"),
+            nodes.append(table("[blockdev]", {"driver": d["format"], "node-name": drive, "read-only": d.get("read-only"),
                                             "file": below}))
         if "frontend" in d:
-            out.append(table("[device]", {"driver": FRONTENDS[d["frontend"]], "id": d.get("device-id"), "drive": drive}))
+            devices.append(table("[device]", {"driver": FRONTENDS[d["frontend"]], "id": d.get("device-id"), "drive": drive}))
+    out += nodes + drives + devices
     for n in needs.get("netdevs", []):
         out.append(table("[netdev]", {"type": "user", "id": n["id"]}))
     for d in needs.get("devices", []):

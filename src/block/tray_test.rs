@@ -1,0 +1,51 @@
+use super::*;
+use crate::sys::inbox::Inbox;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+fn tray() -> (Arc<Tray>, Events) {
+    let events: Events = Arc::new(Inbox::new().unwrap());
+    (Tray::new("/machine/peripheral/cd0", events.clone()), events)
+}
+
+#[test]
+fn the_users_moves_are_news_for_the_guest_only() {
+    let (tray, events) = tray();
+    let rung = Arc::new(AtomicUsize::new(0));
+    let bell = rung.clone();
+    tray.on_news(Some(Box::new(move || _ = bell.fetch_add(1, Ordering::SeqCst))));
+    assert!(!tray.set_open(false), "it is closed already");
+    assert!(tray.set_open(true) && tray.is_open());
+    assert!(!tray.set_open(true));
+    assert_eq!(tray.take_event(), Some(MediaEvent::MediaRemoval));
+    assert_eq!(tray.take_event(), None);
+    assert!(!tray.take_attention(), "nothing to read");
+    assert!(tray.set_open(false));
+    assert_eq!(tray.take_event(), Some(MediaEvent::NewMedia));
+    assert!(tray.take_attention() && !tray.take_attention());
+    assert_eq!(rung.load(Ordering::SeqCst), 2);
+    assert!(events.take().is_empty());
+}
+
+#[test]
+fn the_guests_moves_are_told_to_control_and_obey_its_lock() {
+    let (tray, events) = tray();
+    tray.lock(true);
+    assert!(!tray.guest_move(true) && !tray.is_open());
+    tray.request_eject(false);
+    assert!(tray.is_locked(), "only asked");
+    assert_eq!(tray.take_event(), Some(MediaEvent::EjectRequest));
+    tray.lock(false);
+    assert!(tray.guest_move(true) && tray.is_open());
+    assert!(tray.guest_move(true), "open already");
+    // An open tray can be locked; closing it is always possible.
+    tray.lock(true);
+    assert!(tray.guest_move(false));
+    let moved = |open| Event::TrayMoved { qom_path: "/machine/peripheral/cd0".into(), open };
+    assert_eq!(events.take(), [moved(true), moved(false)]);
+    tray.request_eject(true);
+    assert!(!tray.is_locked());
+    tray.set_open(true);
+    tray.reset();
+    assert!(!tray.is_open() && tray.take_event().is_none() && !tray.take_attention());
+    assert_eq!(events.take(), [moved(false)], "a reset closes it");
+}
