@@ -143,7 +143,13 @@ impl Drives {
         spec.uses = Perm::CONSISTENT_READ | if write { Perm::WRITE } else { Perm::NONE };
         spec.shares = Perm::ALL;
         let handle = graph.attach(node, spec)?;
-        self.list.push(Drive { handle: handle.clone(), device: None, automatic, writes: true, read_only: false });
+        self.list.push(Drive {
+            handle: handle.clone(),
+            device: None,
+            automatic,
+            writes: true,
+            read_only: false,
+        });
         Ok(handle)
     }
 
@@ -215,7 +221,13 @@ impl Drives {
             handle.set_tray(Tray::new(&device.qom_path, events.clone()));
         }
         let writes = !how.read_only;
-        self.list.push(Drive { handle: handle.clone(), device: Some(device), automatic: false, writes, read_only: true });
+        self.list.push(Drive {
+            handle: handle.clone(),
+            device: Some(device),
+            automatic: false,
+            writes,
+            read_only: true,
+        });
         Ok(handle)
     }
 

@@ -57,9 +57,7 @@ pub fn open_tray(drive: &Drive, name: &str, force: bool) -> Result<Opened> {
 /// The error where a tray had to open and the guest was only asked to.
 pub fn must_open(opened: Opened, name: &str) -> Result<Opened> {
     if opened == Opened::Asked {
-        bail!(
-            "Device '{name}' is locked and force was not specified, wait for tray to open and try again"
-        );
+        bail!("Device '{name}' is locked and force was not specified, wait for tray to open and try again");
     }
     Ok(opened)
 }

@@ -67,4 +67,4 @@ fn device_del(cx: &mut Cx, id: String) -> Result<()> {
 
 #[cfg(test)]
 #[path = "cmd_device_test.rs"]
-mod tests;
+pub(crate) mod tests;

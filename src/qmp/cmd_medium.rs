@@ -192,12 +192,7 @@ fn insert_medium(cx: &mut Cx, id: String, node_name: String) -> Result<()> {
     insert(cx, None, Some(id), &node_name)
 }
 
-fn x_insert_medium(
-    cx: &mut Cx,
-    device: Option<String>,
-    id: Option<String>,
-    node_name: String,
-) -> Result<()> {
+fn x_insert_medium(cx: &mut Cx, device: Option<String>, id: Option<String>, node_name: String) -> Result<()> {
     let (device, id) = by_either(cx, device, id);
     insert(cx, device, id, &node_name)
 }

@@ -220,7 +220,8 @@ impl Request {
             (Make::Pci(_), _) => COMMON,
             (Make::Scsi(_), _) => scsi_kinds::COMMON,
         };
-        let request = Request { model, properties: Properties::parse(kind.name, &[common, kind.properties], args)? };
+        let request =
+            Request { model, properties: Properties::parse(kind.name, &[common, kind.properties], args)? };
         request.slot()?;
         Ok(request)
     }

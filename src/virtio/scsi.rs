@@ -105,13 +105,19 @@ impl ScsiConfig {
     /// Refuses what the device cannot be.
     pub fn check(&self) -> Result<()> {
         if !(1..=1022).contains(&self.num_queues) {
-            bail!("Invalid number of queues (= {}), must be a positive integer less than 1023", self.num_queues);
+            bail!(
+                "Invalid number of queues (= {}), must be a positive integer less than 1023",
+                self.num_queues
+            );
         }
         if self.queue_size <= 2 {
             bail!("invalid virtqueue_size property (= {}), must be > 2", self.queue_size);
         }
         if !self.queue_size.is_power_of_two() || self.queue_size > MAX_SIZE {
-            bail!("invalid virtqueue_size property (= {}), must be a power of 2 (max {MAX_SIZE})", self.queue_size);
+            bail!(
+                "invalid virtqueue_size property (= {}), must be a power of 2 (max {MAX_SIZE})",
+                self.queue_size
+            );
         }
         if self.cmd_per_lun == 0 || self.max_sectors == 0 {
             bail!("cmd_per_lun and max_sectors must be larger than 0");

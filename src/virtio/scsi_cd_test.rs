@@ -36,7 +36,8 @@ fn sectors_are_read() {
 #[test]
 fn the_table_of_contents_is_one_data_track() {
     let b = Bench::cd();
-    let toc = |msf: u8, format: u8, start: u8| b.run(&[0x43, msf, format, 0, 0, 0, start, 0, 255, 0], &[], 255);
+    let toc =
+        |msf: u8, format: u8, start: u8| b.run(&[0x43, msf, format, 0, 0, 0, start, 0, 255, 0], &[], 255);
     let [.., hi, lo] = SECTORS.to_be_bytes();
     let want = [0, 18, 1, 1, 0, 0x14, 1, 0, 0, 0, 0, 0, 0, 0x14, 0xaa, 0, 0, 0, hi, lo];
     assert_eq!(toc(0, 0, 0).unwrap(), want);

@@ -88,7 +88,8 @@ impl ControlWorker {
             let mut bytes = [0; TMF_LEN];
             let len = chain.readable().len().min(TMF_LEN);
             chain.readable().copy_to(0, &mut bytes[..len]);
-            let word = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+            let word =
+                |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
             match word(0) {
                 TMF if len == TMF_LEN && chain.writable_len() >= 1 => {
                     let mut function = Function { subtype: word(4), lun: [0; 8], id: 0 };

@@ -23,7 +23,8 @@ fn log(b: &Bench) -> Vec<Asked> {
 #[test]
 fn every_length_of_read_and_write() {
     let b = Bench::disk();
-    for (n, (read, write)) in [(0x08, 0x0a), (0x28, 0x2a), (0xa8, 0xaa), (0x88, 0x8a)].into_iter().enumerate() {
+    for (n, (read, write)) in [(0x08, 0x0a), (0x28, 0x2a), (0xa8, 0xaa), (0x88, 0x8a)].into_iter().enumerate()
+    {
         let data = vec![n as u8 + 1; 1024];
         let lba = 10 * n as u64 + 3;
         b.ok(&blocks(write, 0, lba, 2), &data, 0);
@@ -122,7 +123,10 @@ fn write_same_zeroes_or_repeats() {
     b.ok(&blocks(0x93, 0, 10, 4), &[0; 512], 0);
     // Without data
     b.ok(&blocks(0x93, 0x09, 20, 2), &[], 0);
-    assert_eq!(log(&b), [Asked::Zero(1024, 2048, true), Asked::Zero(5120, 2048, false), Asked::Zero(10240, 1024, true)]);
+    assert_eq!(
+        log(&b),
+        [Asked::Zero(1024, 2048, true), Asked::Zero(5120, 2048, false), Asked::Zero(10240, 1024, true)]
+    );
     assert_eq!(b.bytes(1024, 2048), [0; 2048]);
     let pattern: Vec<u8> = (0..512).map(|i| i as u8).collect();
     b.ok(&blocks(0x93, 0, 100, 1200), &pattern, 0);

@@ -236,10 +236,16 @@ impl RequestWorker {
             return End::Answer(response::FAILURE, Ok(0));
         }
         let result = match self.bus.resolve(&header.lun) {
-            Ok(_) if header.cdb.byte(0) == 0xa0 => self.report_luns(&header.cdb, Some(header.lun[1]), &mut input),
-            Ok(unit) => unit.execute(&header.cdb, &out, &mut input).map(|n| n.max(used(&header.cdb, &unit, out.len()))),
+            Ok(_) if header.cdb.byte(0) == 0xa0 => {
+                self.report_luns(&header.cdb, Some(header.lun[1]), &mut input)
+            }
+            Ok(unit) => unit
+                .execute(&header.cdb, &out, &mut input)
+                .map(|n| n.max(used(&header.cdb, &unit, out.len()))),
             // The REPORT LUNS well-known unit of the whole controller, and of a target.
-            Err(_) if header.lun == [0xc1, 1, 0, 0, 0, 0, 0, 0] => self.well_known(&header.cdb, None, &mut input),
+            Err(_) if header.lun == [0xc1, 1, 0, 0, 0, 0, 0, 0] => {
+                self.well_known(&header.cdb, None, &mut input)
+            }
             Err(true) if header.lun[2..4] == [0xc1, 1] => {
                 self.well_known(&header.cdb, Some(header.lun[1]), &mut input)
             }

@@ -112,7 +112,12 @@ fn sizes_that_the_driver_chooses() {
 fn a_chain_without_header_or_room_breaks_the_device() {
     let b = at(0, 0, UnitKind::Disk);
     let mut host = Host::new(ScsiConfig::default(), &[&b]);
-    for pieces in [[(50, false), (108, true)], [(51, false), (107, true)], [(51, false), (0, true)], [(0, false), (108, true)]] {
+    for pieces in [
+        [(50, false), (108, true)],
+        [(51, false), (107, true)],
+        [(51, false), (0, true)],
+        [(0, false), (108, true)],
+    ] {
         let at = host.rig.free;
         let mut p: Vec<_> = pieces.iter().map(|(len, write)| (at, *len, *write)).collect();
         p.retain(|piece| piece.1 > 0);
@@ -132,7 +137,13 @@ fn what_fails_is_held_and_done_again() {
     b.state.fail(2, libc::ENOSPC);
     let base = host.rig.free;
     for n in 0..3u64 {
-        host.offer(base + n * 1024, lun(0, 0), &[0x2a, 0, 0, 0, 0, n as u8, 0, 0, 1, 0], &[n as u8 + 1; 512], 0);
+        host.offer(
+            base + n * 1024,
+            lun(0, 0),
+            &[0x2a, 0, 0, 0, 0, n as u8, 0, 0, 1, 0],
+            &[n as u8 + 1; 512],
+            0,
+        );
     }
     host.rig.no_answer(2);
     host.rig.pause();
@@ -172,8 +183,10 @@ fn hostile_commands_are_answered_and_harm_nobody() {
     let end = Instant::now() + Duration::from_secs(seconds);
     let (mut asked, mut good) = (0u64, 0u64);
     while Instant::now() < end {
-        let mut cdb: Vec<u8> = (0..16).map(|_| if rng.below(3) == 0 { rng.draw() as u8 } else { 0 }).collect();
-        cdb[0] = if rng.below(20) == 0 { rng.draw() as u8 } else { OPS[rng.below(OPS.len() as u64) as usize] };
+        let mut cdb: Vec<u8> =
+            (0..16).map(|_| if rng.below(3) == 0 { rng.draw() as u8 } else { 0 }).collect();
+        cdb[0] =
+            if rng.below(20) == 0 { rng.draw() as u8 } else { OPS[rng.below(OPS.len() as u64) as usize] };
         let lun = match rng.below(10) {
             0 => std::array::from_fn(|_| rng.draw() as u8),
             1 => [0xc1, 1, 0, 0, 0, 0, 0, 0],
@@ -193,7 +206,10 @@ fn hostile_commands_are_answered_and_harm_nobody() {
                 units.push(at(1, 0, UnitKind::Disk));
                 host.bus.attach(units[2].unit.clone());
             }
-            3 => assert!(matches!(host.tmf(rng.below(9) as u32, lun, rng.below(asked + 2)), 0 | 3 | 10 | 11 | 12)),
+            3 => assert!(matches!(
+                host.tmf(rng.below(9) as u32, lun, rng.below(asked + 2)),
+                0 | 3 | 10 | 11 | 12
+            )),
             _ => {}
         }
         if units[1].unit.tray_open() && rng.below(5) == 0 {

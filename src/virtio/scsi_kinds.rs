@@ -95,7 +95,8 @@ fn unit(p: &Properties, making: &mut Making, address: Address, kind: UnitKind) -
     let text = |name: &str, default: String| p.text(name).map_or(default, str::to_string);
     let serial = text("serial", d.serial);
     // As in QEMU: the serial number, or else the drive's name.
-    let device_id = text("device_id", if serial.is_empty() { text("drive", String::new()) } else { serial.clone() });
+    let device_id =
+        text("device_id", if serial.is_empty() { text("drive", String::new()) } else { serial.clone() });
     let config = UnitConfig {
         kind,
         id: making.user.id.clone(),
@@ -106,9 +107,9 @@ fn unit(p: &Properties, making: &mut Making, address: Address, kind: UnitKind) -
         device_id,
         wwn: p.number("wwn").unwrap_or(d.wwn),
         logical_block_size: p.number("logical_block_size").unwrap_or(d.logical_block_size),
-        physical_block_size: p.number("physical_block_size").unwrap_or_else(|| {
-            p.number("logical_block_size").unwrap_or(0).max(d.physical_block_size)
-        }),
+        physical_block_size: p
+            .number("physical_block_size")
+            .unwrap_or_else(|| p.number("logical_block_size").unwrap_or(0).max(d.physical_block_size)),
         min_io_size: p.number("min_io_size").unwrap_or(d.min_io_size),
         opt_io_size: p.number("opt_io_size").unwrap_or(d.opt_io_size),
         // 2^32 - 1 is QEMU's way to say "as the image says".

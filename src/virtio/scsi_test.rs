@@ -47,7 +47,8 @@ fn the_configuration_space() {
 fn places_are_found_as_qemu_finds_them() {
     let scsi = Scsi::new(ScsiConfig::default(), "scsi0.0".into()).unwrap();
     let bus = scsi.bus();
-    let place = |t: Option<u32>, l: Option<u32>| bus.place(t, l).map(|a| (a.target, a.lun)).map_err(|e| e.desc);
+    let place =
+        |t: Option<u32>, l: Option<u32>| bus.place(t, l).map(|a| (a.target, a.lun)).map_err(|e| e.desc);
     assert_eq!(place(None, None), Ok((0, 0)));
     let zero = at(0, 0, UnitKind::Disk);
     bus.attach(zero.unit.clone());
@@ -86,7 +87,10 @@ fn units_come_and_go_under_the_driver() {
     first.unit.handle().resized();
     assert_eq!(host.event(), (T_PARAM_CHANGE, lun(0, 0), 0x2a | 9 << 8));
     assert_eq!(host.ask(lun(0, 0), &[0], &[], 0).sense(), Sense::CAPACITY_CHANGED);
-    assert_eq!(host.ask(lun(0, 0), &[0x25, 0, 0, 0, 0, 0, 0, 0, 0, 0], &[], 8).ok()[..4], 1023u32.to_be_bytes());
+    assert_eq!(
+        host.ask(lun(0, 0), &[0x25, 0, 0, 0, 0, 0, 0, 0, 0, 0], &[], 8).ok()[..4],
+        1023u32.to_be_bytes()
+    );
 }
 
 #[test]

@@ -168,7 +168,10 @@ fn what_is_not_there_is_refused() {
     let b = Bench::disk();
     // PERSISTENT RESERVE IN and OUT, MAINTENANCE IN, COMPARE AND WRITE, and what belongs to CDs.
     for op in [0x5e, 0x5f, 0xa3, 0x89, 0x43, 0x4a, 0xff] {
-        assert_eq!(b.sense(&[op, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], &[], 64), Sense::INVALID_OPCODE);
+        assert_eq!(
+            b.sense(&[op, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], &[], 64),
+            Sense::INVALID_OPCODE
+        );
     }
     for op in [0x16, 0x17, 0x56, 0x57] {
         b.ok(&[op], &[], 0);

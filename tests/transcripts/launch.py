@@ -8,8 +8,9 @@ import json
 import os
 import sys
 
+# No IDE here: to a monitor a CD drive is a CD drive, on whatever bus.
 FRONTENDS = {"virtio-blk": "virtio-blk-pci", "scsi-hd": "scsi-hd", "scsi-cd": "scsi-cd", "ide-hd": "ide-hd",
-             "ide-cd": "ide-cd", "floppy": "floppy"}
+             "ide-cd": "scsi-cd", "floppy": "floppy"}
 MODELS = {"virtio-scsi": "virtio-scsi-pci", "virtio-balloon": "virtio-balloon-pci", "virtio-net": "virtio-net-pci"}
 
 
@@ -35,7 +36,10 @@ def config(needs, sockets):
         "cores": needs.get("cores"), "threads": needs.get("threads"),
         "accel": "none", "paused": needs.get("paused", False)})]
     out += [table("[qmp]", {"socket": s}) for s in sockets[:needs.get("qmp_sockets", 1)]]
-    for c in needs.get("controllers", []):
+    controllers = list(needs.get("controllers", []))
+    if not controllers and any(d.get("frontend") == "ide-cd" for d in needs.get("drives", [])):
+        controllers.append({"kind": "virtio-scsi"})
+    for c in controllers:
         out.append(table("[device]", {"driver": MODELS.get(c["kind"], c["kind"]), "id": c.get("id")}))
     # nodes, drives, devices: the order in which QEMU makes them, whatever their order on its command line is
     nodes, drives, devices = [], [], []
