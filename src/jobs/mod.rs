@@ -19,3 +19,6 @@ pub mod registry;
 pub mod stream;
 pub mod table;
 mod txn;
+
+#[cfg(test)]
+mod stress_test;

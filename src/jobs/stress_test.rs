@@ -1,0 +1,362 @@
+//! Guests that write and verify, while snapshots are taken and jobs stream, commit, are paused, limited
+//! and cancelled: what the guests see never changes, images name the right backing files, and qemu-img
+//! finds nothing wrong.
+//!
+//! `SEED=n` repeats a run, `SOAK=seconds` makes it long.
+
+use super::commit::{self, Commit};
+use super::layers;
+use super::mirror::{self, Mirror};
+use super::registry::{JobEvent, JobKey, Jobs, Spec};
+use super::stream::{self, Stream};
+use super::table::{Kind, Status};
+use crate::block::driver::{Flags, Perm};
+use crate::block::file_open::FilePlan;
+use crate::block::graph::Graph;
+use crate::block::handle::{Handle, HandleSpec, OnError};
+use crate::block::node::Node;
+use crate::block::open::{self, Backing, Child, Common, Plan};
+use crate::block::snapshot::Overlay;
+use crate::block::testing::{NoEnv, Rng, Scratch, qemu};
+use crate::event::{Event, Events};
+use crate::qcow2::create::{CreateOptions, create};
+use crate::qcow2::plan::Qcow2Plan;
+use crate::sys::inbox::Inbox;
+use crate::sys::iov::{Iov, IovMut};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::time::{Duration, Instant};
+
+const SIZE: u64 = 3 << 20;
+const GUESTS: u64 = 3;
+const SLOT: u64 = 1536;
+
+fn seed() -> u64 {
+    std::env::var("SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(0x5eed_0b5)
+}
+
+fn seconds() -> u64 {
+    std::env::var("SOAK").ok().and_then(|s| s.parse().ok()).unwrap_or(3)
+}
+
+fn name_of(node: &Node) -> String {
+    node.driver.filename()
+}
+
+/// The control thread's things.
+struct Desk {
+    dir: Scratch,
+    graph: Graph,
+    jobs: Jobs,
+    events: Events,
+    rng: Rng,
+    images: u64,
+    ended: Vec<JobEvent>,
+}
+
+impl Desk {
+    fn new(name: &str, seed: u64) -> Desk {
+        Desk {
+            dir: Scratch::new(name),
+            graph: Graph::new(),
+            jobs: Jobs::new(),
+            events: Arc::new(Inbox::new().unwrap()),
+            rng: Rng(seed),
+            images: 0,
+            ended: Vec::new(),
+        }
+    }
+
+    fn plan(path: &str) -> Plan {
+        Plan { common: Common::default(), driver: Box::new(FilePlan::new("file", path)) }
+    }
+
+    /// A new image that records `below` as its backing file, open without it.
+    fn image(&mut self, size: u64, below: Option<&Arc<Node>>) -> Arc<Node> {
+        self.images += 1;
+        let name = format!("i{}", self.images);
+        let path = self.dir.file(&name, 0);
+        let mut alone = Graph::new();
+        let file = open::add(&mut alone, &NoEnv, Desk::plan(&path)).unwrap();
+        let spec = HandleSpec { uses: Perm::ALL, shares: Perm::NONE, ..HandleSpec::default() };
+        let user = alone.attach(Some(file.clone()), spec).unwrap();
+        let cluster_size = [4096, 16384, 65536][self.rng.below(3) as usize];
+        let options = CreateOptions {
+            size,
+            cluster_size,
+            extended_l2: cluster_size > 4096 && self.rng.below(3) == 0,
+            backing_file: below.map(|n| name_of(n)),
+            backing_format: below.map(|n| n.driver.name().to_string()),
+            ..CreateOptions::default()
+        };
+        create(&file, None, &options).unwrap();
+        drop((file, user));
+        alone.close_all();
+        let driver = Qcow2Plan { backing: Backing::Nothing, ..Qcow2Plan::new(Child::New(Box::new(Desk::plan(&path)))) };
+        let common = Common { node_name: Some(name), unmap: Some(true), ..Common::default() };
+        open::add(&mut self.graph, &NoEnv, Plan { common, driver: Box::new(driver) }).unwrap()
+    }
+
+    /// Acts on what the threads said.
+    fn turn(&mut self) {
+        for event in self.events.take() {
+            if let Event::Job(serial) = event {
+                self.jobs.serve(&mut self.graph, serial);
+            }
+        }
+        self.ended.extend(std::mem::take(&mut self.jobs.out));
+    }
+
+    fn snapshot(&mut self, disk: &Handle) {
+        let node = disk.node().unwrap();
+        let over = self.image(node.len(), Some(&node));
+        let overlay = Overlay { node: node.clone(), over: over.clone() };
+        self.graph.snapshot(&[overlay], &[], &mut ()).unwrap();
+        self.graph.disown(&over);
+    }
+
+    fn start(&mut self, kind: Kind, nodes: &[Arc<Node>], work: Box<dyn super::job::Work>) -> JobKey {
+        let speed = if self.rng.below(4) == 0 { 1 << 20 } else { 0 };
+        let spec = Spec { speed, ..Spec::new("job", kind) };
+        let nodes: Vec<_> = nodes.iter().collect();
+        let key = self.jobs.create(spec, &self.events.clone(), &nodes, || Ok(work)).unwrap();
+        self.jobs.start(&mut self.graph, key);
+        key
+    }
+
+    fn stream(&mut self, disk: &Handle) -> JobKey {
+        let chain: Vec<_> = layers::chain(disk.node().unwrap()).collect();
+        // At times into an image below the active one.
+        let top = self.rng.below(chain.len() as u64 - 1) as usize;
+        let count = self.rng.below((chain.len() - top) as u64) as usize;
+        let plan = stream::Plan {
+            top: chain[top].clone(),
+            from: chain[top + 1..top + 1 + count].to_vec(),
+            backing_file: None,
+            on_error: OnError::Report,
+            filter: None,
+            name_of,
+        };
+        let work = Box::new(Stream::new(&mut self.graph, plan).unwrap());
+        self.start(Kind::Stream, &chain, work)
+    }
+
+    fn commit(&mut self, disk: &Handle) -> JobKey {
+        let chain: Vec<_> = layers::chain(disk.node().unwrap()).collect();
+        let top = 1 + self.rng.below(chain.len() as u64 - 2) as usize;
+        let base = top + 1 + self.rng.below((chain.len() - top - 1) as u64) as usize;
+        let plan = commit::Plan {
+            from: chain[top..base].to_vec(),
+            base: chain[base].clone(),
+            backing_file: None,
+            on_error: OnError::Report,
+            filter: None,
+            name_of,
+        };
+        let work = Box::new(Commit::new(&mut self.graph, plan).unwrap());
+        self.start(Kind::Commit, &chain, work)
+    }
+
+    fn commit_active(&mut self, disk: &Handle) -> JobKey {
+        let chain: Vec<_> = layers::chain(disk.node().unwrap()).collect();
+        let base = 1 + self.rng.below(chain.len() as u64 - 1) as usize;
+        let plan = mirror::Plan {
+            source: chain[0].clone(),
+            target: chain[base].clone(),
+            sync: mirror::Sync::Top(chain[..base].to_vec()),
+            commit: true,
+            granularity: [4096, 65536][self.rng.below(2) as usize],
+            buf_size: 1 << 20,
+            unmap: true,
+            replaces: None,
+            on_source_error: OnError::Report,
+            on_target_error: OnError::Report,
+            filter: None,
+        };
+        let work = Box::new(Mirror::new(&mut self.graph, plan).unwrap());
+        self.start(Kind::Commit, &chain, work)
+    }
+
+    /// Lets a job come to its end, with what a user may do to it on the way. How it ended.
+    fn finish(&mut self, key: JobKey) -> &'static str {
+        let begun = Instant::now();
+        let cancel_at = (self.rng.below(4) == 0).then(|| Duration::from_micros(self.rng.below(60_000)));
+        let mut told = false;
+        loop {
+            self.turn();
+            let Some(job) = self.jobs.query().into_iter().next() else { break };
+            let active = matches!(job.status, Status::Running | Status::Ready);
+            if active && cancel_at.is_some_and(|at| begun.elapsed() > at) && !told {
+                let force = self.rng.below(2) == 0;
+                self.jobs.cancel_block(&mut self.graph, key, force).unwrap();
+                told = true;
+            } else if job.status == Status::Ready && !told && self.rng.below(3) == 0 {
+                self.jobs.complete(key).unwrap();
+                told = true;
+            } else if active && self.rng.below(200) == 0 {
+                self.jobs.pause(key).unwrap();
+                let until = Instant::now() + Duration::from_millis(5);
+                while Instant::now() < until {
+                    self.turn();
+                }
+                if self.jobs.query().iter().any(|j| j.paused) {
+                    self.jobs.resume(key).unwrap();
+                }
+            } else if active && self.rng.below(300) == 0 {
+                self.jobs.set_speed(key, [0, 4 << 20][self.rng.below(2) as usize]).unwrap();
+            }
+            assert!(begun.elapsed() < Duration::from_secs(60), "{job:?} does not end");
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        self.turn();
+        let how = std::mem::take(&mut self.ended).into_iter().find_map(|e| match e {
+            JobEvent::Completed(_, None) => Some("completed"),
+            JobEvent::Completed(r, Some(why)) => panic!("{r:?}: {why}"),
+            JobEvent::Cancelled(_) => Some("cancelled"),
+            _ => None,
+        });
+        how.unwrap()
+    }
+
+    /// The headers say what the graph says; only the active image is writable; no filter is left.
+    fn check_chain(&self, disk: &Handle) {
+        let top = disk.node().unwrap();
+        assert!(top.filtered().is_none(), "{} was left", top.name);
+        for (depth, image) in layers::chain(top).enumerate() {
+            let below = layers::backing(&image);
+            assert!(below.as_ref().is_none_or(|b| b.filtered().is_none()));
+            let recorded = image.driver.info();
+            assert_eq!(recorded.backing_filename, below.as_ref().map(|b| name_of(b)), "{}", image.name);
+            assert_eq!(recorded.backing_format, below.as_ref().map(|b| b.driver.name().to_string()));
+            assert_eq!(image.read_only(), depth > 0, "{}", image.name);
+        }
+    }
+}
+
+/// What a guest knows of its slots.
+struct Guest {
+    id: u64,
+    rng: Rng,
+    model: Vec<u8>,
+}
+
+impl Guest {
+    fn step(&mut self, disk: &Handle) {
+        let slot = self.rng.below(SIZE / SLOT / GUESTS) * GUESTS + self.id;
+        let off = slot * SLOT;
+        if self.rng.below(2) == 0 {
+            let value = (self.rng.below(6) * 40) as u8;
+            match value {
+                0 => disk.zero(off, SLOT, if self.rng.below(2) == 0 { Flags::MAY_UNMAP } else { Flags::NONE }),
+                _ => disk.write(off, &Iov::from_slice(&[value; SLOT as usize]), Flags::NONE),
+            }
+            .unwrap();
+            self.model[slot as usize] = value;
+        }
+        if self.rng.below(200) == 0 {
+            disk.flush().unwrap();
+        }
+        self.verify(disk, slot);
+    }
+
+    fn verify(&self, disk: &Handle, slot: u64) {
+        let mut back = [0xee; SLOT as usize];
+        disk.read(slot * SLOT, &mut IovMut::from_slice(&mut back)).unwrap();
+        let want = self.model[slot as usize];
+        let bad = back.iter().position(|b| *b != want);
+        assert!(bad.is_none(), "slot {slot}: {} instead of {want} at byte {bad:?}", back[bad.unwrap_or(0)]);
+    }
+}
+
+#[test]
+fn guests_never_see_what_jobs_do() {
+    let seed = seed();
+    eprintln!("SEED={seed}");
+    let mut desk = Desk::new("jobs-stress", seed);
+    // Images of other lengths at the bottom, with data where the ones above are short.
+    let low = desk.image(SIZE, None);
+    low.write(0, &Iov::from_slice(&vec![0x77; SIZE as usize]), Flags::NONE).unwrap();
+    let mid = desk.image(SIZE / 2, Some(&low));
+    let top = desk.image(SIZE, Some(&mid));
+    for (over, below) in [(&mid, &low), (&top, &mid)] {
+        let edge = layers::backing_edge(over).unwrap();
+        let quiet = desk.graph.quiesce(&[over], &[]);
+        desk.graph.edit(&quiet, |e| e.set(&edge, Some(below.clone()))).unwrap();
+        drop(quiet);
+        desk.graph.set_read_only(below, true).unwrap();
+    }
+    let disk = desk.graph.attach(Some(top.clone()), HandleSpec::default()).unwrap();
+    for node in [&low, &mid, &top] {
+        desk.graph.disown(node);
+    }
+    drop((low, mid, top));
+    let mut whole = vec![0xee; SIZE as usize];
+    disk.read(0, &mut IovMut::from_slice(&mut whole)).unwrap();
+    let first: Vec<u8> = whole.chunks(SLOT as usize).map(|c| c[0]).collect();
+    let stop = AtomicBool::new(false);
+    let requests = AtomicU64::new(0);
+    let mut counts = std::collections::BTreeMap::<String, u32>::new();
+    std::thread::scope(|s| {
+        let guests: Vec<_> = (0..GUESTS)
+            .map(|id| {
+                let (disk, stop, requests, model) = (disk.clone(), &stop, &requests, first.clone());
+                s.spawn(move || {
+                    let mut guest = Guest { id, rng: Rng(seed ^ (id + 1) << 40), model };
+                    while !stop.load(SeqCst) {
+                        guest.step(&disk);
+                        requests.fetch_add(1, SeqCst);
+                    }
+                    guest
+                })
+            })
+            .collect();
+        // A failure here must let the guests end.
+        let control = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            let end = Instant::now() + Duration::from_secs(seconds());
+            while Instant::now() < end {
+                let depth = layers::chain(disk.node().unwrap()).count();
+                let what = desk.rng.below(if depth > 6 { 3 } else { 6 });
+                let (name, key) = match what {
+                    0 if depth > 1 => ("stream", desk.stream(&disk)),
+                    1 if depth > 2 => ("commit", desk.commit(&disk)),
+                    2 if depth > 1 => ("active commit", desk.commit_active(&disk)),
+                    _ => {
+                        desk.snapshot(&disk);
+                        *counts.entry("snapshot".into()).or_default() += 1;
+                        desk.check_chain(&disk);
+                        std::thread::sleep(Duration::from_micros(desk.rng.below(5000)));
+                        continue;
+                    }
+                };
+                let how = desk.finish(key);
+                *counts.entry(format!("{name} {how}")).or_default() += 1;
+                desk.check_chain(&disk);
+            }
+            desk.jobs.cancel_all(&mut desk.graph);
+        }));
+        stop.store(true, SeqCst);
+        let guests: Vec<_> = guests.into_iter().map(|g| g.join()).collect();
+        control.unwrap();
+        for guest in guests {
+            let guest = guest.unwrap();
+            (guest.id..SIZE / SLOT).step_by(GUESTS as usize).for_each(|slot| guest.verify(&disk, slot));
+        }
+    });
+    eprintln!("{} requests; {counts:?}", requests.load(SeqCst));
+    for what in ["stream completed", "commit completed", "active commit completed", "snapshot"] {
+        assert!(counts.get(what).is_some_and(|n| *n > 0), "no {what}");
+    }
+    disk.read(0, &mut IovMut::from_slice(&mut whole)).unwrap();
+    let images: Vec<_> = layers::chain(disk.node().unwrap()).map(|n| name_of(&n)).collect();
+    desk.graph.close_all();
+    let Some(tool) = qemu("qemu-img") else { return };
+    for image in &images {
+        let out = std::process::Command::new(&tool).args(["check", "-q", image]).output().unwrap();
+        assert!(out.status.success(), "{image}: {}", String::from_utf8_lossy(&out.stderr));
+    }
+    let raw = desk.dir.path("raw");
+    let done =
+        std::process::Command::new(&tool).args(["convert", "-O", "raw", &images[0], &raw]).status().unwrap();
+    assert!(done.success());
+    assert!(std::fs::read(&raw).unwrap() == whole, "qemu-img reads something else");
+}
