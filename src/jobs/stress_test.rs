@@ -92,7 +92,10 @@ impl Desk {
         create(&file, None, &options).unwrap();
         drop((file, user));
         alone.close_all();
-        let driver = Qcow2Plan { backing: Backing::Nothing, ..Qcow2Plan::new(Child::New(Box::new(Desk::plan(&path)))) };
+        let driver = Qcow2Plan {
+            backing: Backing::Nothing,
+            ..Qcow2Plan::new(Child::New(Box::new(Desk::plan(&path))))
+        };
         let common = Common { node_name: Some(name), unmap: Some(true), ..Common::default() };
         open::add(&mut self.graph, &NoEnv, Plan { common, driver: Box::new(driver) }).unwrap()
     }
@@ -247,7 +250,9 @@ impl Guest {
         if self.rng.below(2) == 0 {
             let value = (self.rng.below(6) * 40) as u8;
             match value {
-                0 => disk.zero(off, SLOT, if self.rng.below(2) == 0 { Flags::MAY_UNMAP } else { Flags::NONE }),
+                0 => {
+                    disk.zero(off, SLOT, if self.rng.below(2) == 0 { Flags::MAY_UNMAP } else { Flags::NONE })
+                }
                 _ => disk.write(off, &Iov::from_slice(&[value; SLOT as usize]), Flags::NONE),
             }
             .unwrap();
