@@ -156,11 +156,11 @@ fn dirty_images_are_repaired_when_they_are_opened_for_writing() {
     let before = disk.copy();
     let image = open_image(&disk, None, Options { read_only: true, ..Options::default() }).unwrap();
     assert!(!image.check().unwrap().errors.is_empty(), "the refcounts are wrong");
-    assert!(image.info().dirty);
+    assert_eq!(image.info().dirty, Some(true));
     drop(image);
     assert!(disk.copy() == before, "a read-only open writes nothing");
     let image = open_image(&disk, None, Options::default()).unwrap();
-    assert!(!image.info().dirty);
+    assert_eq!(image.info().dirty, Some(false));
     let (_, data) = image.info().specific.unwrap();
     assert_eq!(data["lazy-refcounts"], true, "the feature stays on");
     let report = image.check().unwrap();

@@ -16,6 +16,7 @@
 use super::blkdebug_rules::{Kind, Rules};
 use super::debug::{BlkdebugEvent, Locks, Moments};
 use super::driver::{Driver, Extent, Flags, ImageInfo, Limits, Perm};
+use super::filename::names;
 use super::node::{Edge, Node, errno};
 use super::open::{Child, Open, Opening};
 use crate::error::Result;
@@ -335,7 +336,7 @@ impl Driver for Blkdebug {
 
     fn filename(&self) -> String {
         let only_rules = BlkdebugOptions { config: self.options.config.clone(), ..BlkdebugOptions::none() };
-        let below = self.image.node().map(|n| n.driver.filename()).unwrap_or_default();
+        let below = self.image.node().map(|n| names(&n).exact).unwrap_or_default();
         if self.options != only_rules || below.is_empty() {
             return String::new();
         }

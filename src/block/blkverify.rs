@@ -8,6 +8,7 @@
 //! Owns: the ranges in use. Threads: I/O from any. Locks: that list's own.
 
 use super::driver::{Driver, Extent, Flags, ImageInfo, Limits, Perm};
+use super::filename::names;
 use super::node::{Edge, Node, errno};
 use super::open::{Child, Open, Opening};
 use super::perm;
@@ -173,7 +174,7 @@ impl Driver for Blkverify {
     }
 
     fn filename(&self) -> String {
-        let name = |edge: &Edge| edge.node().map(|n| n.driver.filename()).unwrap_or_default();
+        let name = |edge: &Edge| edge.node().map(|n| names(&n).exact).unwrap_or_default();
         let (raw, test) = (name(&self.raw), name(&self.test));
         if raw.is_empty() || test.is_empty() { String::new() } else { format!("blkverify:{raw}:{test}") }
     }

@@ -16,6 +16,7 @@
 use super::bitmap::Bitmap;
 use super::chain;
 use super::driver::{Driver, Extent, Flags, Limits, Perm};
+use super::filename::names;
 use super::node::{Edge, Node, NodeOptions};
 use crate::error::Result;
 use crate::sys::buf::AlignedBuf;
@@ -396,7 +397,7 @@ impl Driver for CopyBeforeWrite {
     }
 
     fn filename(&self) -> String {
-        self.source().node().map(|n| n.driver.filename()).unwrap_or_default()
+        self.source().node().map(|n| names(&n).shown()).unwrap_or_default()
     }
 }
 

@@ -166,8 +166,8 @@ pub struct ImageInfo {
     pub cluster_size: Option<u64>,
     /// Bytes that the image takes on its storage, if known.
     pub actual_size: Option<u64>,
-    /// The image was not closed properly and is not repaired yet.
-    pub dirty: bool,
+    /// The image was not closed properly and is not repaired yet; `None` when that has no meaning.
+    pub dirty: Option<bool>,
     /// Backing file, as the image's header names it.
     pub backing_filename: Option<String>,
     /// Backing format, as the header records it.
@@ -382,7 +382,8 @@ pub trait Driver: Send + Sync {
         None
     }
 
-    /// The file name to show for this node ("" if none can).
+    /// The name of a protocol's file, or a special one (`blkdebug:…`); "" if there is none. The
+    /// names of formats follow from their children's ([`names`](super::filename::names)).
     fn filename(&self) -> String {
         String::new()
     }

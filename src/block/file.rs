@@ -391,7 +391,12 @@ impl Driver for File {
     fn info(&self) -> ImageInfo {
         let blocks = stat(self.fd()).map(|st| st.st_blocks as u64 * 512);
         let specific = ("file", Map::new());
-        ImageInfo { actual_size: blocks.ok(), specific: Some(specific), ..ImageInfo::default() }
+        ImageInfo {
+            actual_size: blocks.ok(),
+            specific: Some(specific),
+            dirty: Some(false),
+            ..ImageInfo::default()
+        }
     }
 
     fn filename(&self) -> String {

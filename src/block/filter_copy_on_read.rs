@@ -10,6 +10,7 @@
 //! (requests that overlap a copy wait for it on a condition variable).
 
 use super::driver::{Driver, ExtentKind, Flags, Limits, Perm};
+use super::filename;
 use super::node::{Edge, Node};
 use super::open::{Child, Open, Opening};
 use super::serial::Serial;
@@ -17,7 +18,6 @@ use crate::bail;
 use crate::error::Result;
 use crate::sys::buf::AlignedBuf;
 use crate::sys::iov::{Iov, IovMut};
-use serde_json::{Map, Value, json};
 use std::io;
 use std::sync::{Arc, Weak};
 
@@ -38,7 +38,7 @@ pub struct CopyOnRead {
     limits: Limits,
     /// Copies begin and end at multiples of this, or at the end of the disk.
     granule: u64,
-    bottom: Option<(String, Weak<Node>)>,
+    bottom: Option<Weak<Node>>,
     serial: Serial,
 }
 
@@ -56,11 +56,11 @@ impl Open for CopyOnReadPlan {
             if found.driver.filtered().is_some() {
                 bail!("Bottom node '{name}' is a filter");
             }
-            let mut chain = std::iter::successors(below(&node), below);
+            let mut chain = std::iter::successors(Some(image(&node)), below);
             if !chain.any(|n| Arc::ptr_eq(&n, &found)) {
                 bail!("'{name}' is not in the chain of backing files of '{}'", node.name);
             }
-            bottom = Some((name, Arc::downgrade(&found)));
+            bottom = Some(Arc::downgrade(&found));
         }
         Ok(Box::new(CopyOnRead::new(file, bottom)?))
     }
@@ -79,18 +79,22 @@ fn wants(above: (Perm, Perm)) -> (Perm, Perm) {
     (above.0 | Perm::WRITE_UNCHANGED, above.1 | Perm::WRITE_UNCHANGED)
 }
 
-/// The backing file of `node`, whatever filters are above it, or above the node.
-fn below(node: &Arc<Node>) -> Option<Arc<Node>> {
+/// What `node` is, or filters.
+fn image(node: &Arc<Node>) -> Arc<Node> {
     let mut image = node.clone();
-    while let Some(edge) = image.driver.filtered() {
-        image = edge.node()?;
+    while let Some(below) = image.filtered() {
+        image = below;
     }
-    let backing = image.driver.edges().into_iter().find(|e| e.role == "backing");
-    backing?.node()
+    image
+}
+
+/// The image behind `node`, which may be a filter itself, or above one.
+fn below(node: &Arc<Node>) -> Option<Arc<Node>> {
+    filename::backing(&image(node)).map(|n| image(&n))
 }
 
 impl CopyOnRead {
-    fn new(file: Arc<Edge>, bottom: Option<(String, Weak<Node>)>) -> Result<CopyOnRead> {
+    fn new(file: Arc<Edge>, bottom: Option<Weak<Node>>) -> Result<CopyOnRead> {
         let node = file.need()?;
         let limits = Limits { request_alignment: 1, memory_alignment: 1, ..node.limits() };
         let granule = node.driver.info().cluster_size.unwrap_or(0).max(4096);
@@ -103,8 +107,12 @@ impl CopyOnRead {
         if extent.kind != ExtentKind::Unallocated {
             return Ok((false, extent.len));
         }
-        let Some((_, bottom)) = &self.bottom else { return Ok((true, extent.len)) };
+        let Some(bottom) = &self.bottom else { return Ok((true, extent.len)) };
         let mut len = extent.len;
+        let is_bottom = |node: &Arc<Node>| bottom.upgrade().is_some_and(|b| Arc::ptr_eq(&b, node));
+        if is_bottom(&image(node)) {
+            return Ok((false, len));
+        }
         let mut image = below(node);
         while let Some(next) = image {
             if off >= next.len() {
@@ -116,7 +124,7 @@ impl CopyOnRead {
             if extent.kind != ExtentKind::Unallocated {
                 return Ok((true, len));
             }
-            if bottom.upgrade().is_some_and(|b| Arc::ptr_eq(&b, &next)) {
+            if is_bottom(&next) {
                 break;
             }
             image = below(&next);
@@ -213,11 +221,6 @@ impl Driver for CopyOnRead {
 
     fn flush(&self) -> io::Result<()> {
         self.file.need()?.flush()
-    }
-
-    fn own_options(&self) -> Map<String, Value> {
-        let bottom = self.bottom.as_ref().map(|(name, _)| ("bottom".to_string(), json!(name)));
-        bottom.into_iter().collect()
     }
 }
 

@@ -92,7 +92,7 @@ fn filled(len: usize, byte: u8) -> Arc<Node> {
 }
 
 fn cor(node: &Arc<Node>, bottom: Option<&Arc<Node>>) -> Arc<Node> {
-    let bottom = bottom.map(|b| (b.name.clone(), Arc::downgrade(b)));
+    let bottom = bottom.map(Arc::downgrade);
     let driver = CopyOnRead::new(Edge::new("file", Some(node.clone())), bottom).unwrap();
     Node::new("cor", Box::new(driver), NodeOptions::default())
 }
@@ -131,6 +131,8 @@ fn below_the_bottom_nothing_is_copied() {
     let cow = Arc::new(Cow::new(len, Some(mid_node.clone())));
     let image = Node::new("image", Box::new(cow.clone()), NodeOptions::default());
     mid_node.write(8192, &Iov::from_slice(&[2; 512]), Flags::NONE).unwrap();
+    assert_eq!(read(&cor(&image, Some(&image)), 8192, 512), vec![2; 512]);
+    assert_eq!(cow.written.load(Ordering::SeqCst), 0, "nothing is below the bottom");
     let filter = cor(&image, Some(&mid_node));
     assert_eq!(read(&filter, 0, 4096), vec![7; 4096]);
     assert_eq!(cow.written.load(Ordering::SeqCst), 0, "only the base has it");

@@ -11,7 +11,6 @@ use super::open::{Child, Open, Opening};
 use crate::bail;
 use crate::error::Result;
 use crate::sys::iov::{Iov, IovMut};
-use serde_json::{Map, Value, json};
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -182,12 +181,6 @@ impl Driver for Preallocate {
         self.data_end.store(len, Ordering::Release);
         *self.file_end.lock().unwrap_or_else(PoisonError::into_inner) = len;
         Ok(())
-    }
-
-    fn own_options(&self) -> Map<String, Value> {
-        let align = (self.align != ALIGN).then(|| ("prealloc-align".to_string(), json!(self.align)));
-        let size = (self.size != SIZE).then(|| ("prealloc-size".to_string(), json!(self.size)));
-        align.into_iter().chain(size).collect()
     }
 
     fn close(&self) -> io::Result<()> {

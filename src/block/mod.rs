@@ -19,6 +19,7 @@ pub mod edit;
 pub mod file;
 pub mod file_open;
 mod filelock;
+pub mod filename;
 pub mod filter_compress;
 pub mod filter_copy_on_read;
 pub mod filter_preallocate;

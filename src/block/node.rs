@@ -14,6 +14,7 @@ use super::debug::{BlkdebugEvent, Locks};
 pub use super::node_options::{DetectZeroes, NodeOptions};
 
 use super::driver::{Driver, Extent, ExtentKind, Flags, Limits, Preallocation};
+use super::filename::ByHeader;
 use super::node_options::{LimitsCell, OptionsCell};
 use super::serial::Serial;
 use crate::sys::buf::AlignedBuf;
@@ -98,6 +99,7 @@ pub struct Node {
     threshold: AtomicU64,
     threshold_hook: Mutex<Option<ThresholdHook>>,
     pub(super) bitmaps: Arc<Bitmaps>,
+    by_header: Mutex<Option<ByHeader>>,
 }
 
 impl Node {
@@ -122,6 +124,7 @@ impl Node {
             threshold: AtomicU64::new(0),
             threshold_hook: Mutex::new(None),
             bitmaps,
+            by_header: Mutex::new(None),
         })
     }
 
@@ -221,6 +224,16 @@ impl Node {
     pub(super) fn reopened(&self, options: NodeOptions) {
         self.options.set(options);
         self.limits.set(self.driver.limits());
+    }
+
+    /// How the image's header led to its backing file, if it did.
+    pub(super) fn by_header(&self) -> Option<ByHeader> {
+        self.by_header.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The image's header has led to its backing file.
+    pub(super) fn set_by_header(&self, how: Option<ByHeader>) {
+        *self.by_header.lock().unwrap_or_else(PoisonError::into_inner) = how;
     }
 
     /// True when writes are refused.

@@ -7,6 +7,7 @@ use super::node::Edge;
 use super::open::{Open, Opening};
 use crate::error::Result;
 use crate::sys::iov::{Iov, IovMut};
+use serde_json::{Map, Value, json};
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -37,6 +38,8 @@ pub struct Null {
     len: AtomicU64,
     latency: Duration,
     read_zeroes: bool,
+    /// What was given of what matters.
+    given: Map<String, Value>,
 }
 
 impl Open for NullPlan {
@@ -53,7 +56,10 @@ impl Open for NullPlan {
         if i64::try_from(latency).is_err() {
             crate::bail!("latency-ns is invalid");
         }
+        let size = o.size.map(|n| ("size".to_string(), json!(n)));
+        let zeroes = o.read_zeroes.map(|on| ("read-zeroes".to_string(), json!(on)));
         Ok(Box::new(Null {
+            given: size.into_iter().chain(zeroes).collect(),
             name: self.name,
             len: AtomicU64::new(len),
             latency: Duration::from_nanos(latency),
@@ -121,6 +127,10 @@ impl Driver for Null {
     }
 
     fn filename(&self) -> String {
-        format!("{}://", self.name)
+        if self.given.is_empty() { format!("{}://", self.name) } else { String::new() }
+    }
+
+    fn own_options(&self) -> Map<String, Value> {
+        self.given.clone()
     }
 }

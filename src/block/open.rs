@@ -12,6 +12,7 @@
 //! Owns: the rules. Never: knows a format by name (the [`Env`] does). Threads: control. Locks: none.
 
 use super::driver::{Driver, Perm};
+use super::filename::{self, ByHeader};
 use super::graph::Graph;
 use super::node::{DetectZeroes, Edge, Node, NodeOptions};
 use super::perm;
@@ -188,13 +189,14 @@ fn open_node(
     };
     let options = plan.common.resolve()?;
     graph.begin(&name);
-    let mut cx = Opening { graph, env, name, options, age: None, chain, depth };
+    let mut cx = Opening { graph, env, name, options, age: None, chain, depth, by_header: None };
     let opened = plan.driver.open(&mut cx);
     let age = cx.age();
-    let Opening { graph, name, options, .. } = cx;
+    let Opening { graph, name, options, by_header, .. } = cx;
     graph.end(&name);
     let done = opened.and_then(|driver| {
         let node = Node::new(name.clone(), driver, options);
+        node.set_by_header(by_header);
         match graph.insert(node.clone(), age) {
             Ok(()) => Ok(node),
             Err(e) => {
@@ -220,6 +222,7 @@ pub struct Opening<'a> {
     chain: Vec<(u64, u64)>,
     /// How many nodes are being opened, this one included.
     depth: usize,
+    by_header: Option<ByHeader>,
 }
 
 impl Opening<'_> {
@@ -327,6 +330,8 @@ impl Opening<'_> {
         named: Option<(&str, Option<&str>)>,
     ) -> Result<Arc<Edge>> {
         let prefix = "Could not open backing file: ";
+        let header = named.map(|(name, _)| name.to_string());
+        let by_header = matches!(backing, Backing::FromImage);
         let child = match (backing, named) {
             (Backing::Child(child), _) => child,
             (Backing::Nothing, _) | (Backing::FromImage, None) => {
@@ -341,11 +346,15 @@ impl Opening<'_> {
         }
         let perm = perm::for_backing((Perm::NONE, Perm::ALL));
         let chain = self.chain.clone();
-        self.child_in("backing", child, perm, chain).map_err(|e| e.context(prefix))
+        let edge = self.child_in("backing", child, perm, chain).map_err(|e| e.context(prefix))?;
+        if let (true, Some(name), Some(node)) = (by_header, header, edge.node()) {
+            self.by_header = Some(ByHeader { name, shown: filename::names(&node).shown() });
+        }
+        Ok(edge)
     }
 
     fn named_backing(&self, file: &Edge, name: &str, format: Option<&str>) -> Result<Child> {
-        let own = file.node().map(|n| n.driver.filename()).unwrap_or_default();
+        let own = file.node().map(|n| filename::origin(&n)).unwrap_or_default();
         let path = combine(&own, name);
         let Some(format) = format else {
             bail!(

@@ -139,7 +139,7 @@ fn a_chain_is_opened_read_only_relative_to_each_image_and_listed_newest_first() 
         .collect();
     // A backing file is younger than the image above it, which is younger than its own file.
     let want = [
-        ("raw", "sub/raw.base", true),
+        ("raw", "", true),
         ("file", "sub/raw.base", true),
         ("toy", "", true),
         ("file", "sub/mid", true),

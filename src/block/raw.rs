@@ -14,6 +14,7 @@ use crate::sys::iov::{Iov, IovMut};
 use serde_json::{Map, Value, json};
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Options of `raw`.
 pub struct RawPlan {
@@ -25,11 +26,54 @@ pub struct RawPlan {
     pub size: Option<u64>,
 }
 
+/// The part of the child that is shown; [`Window::NONE`] stands for what was not given.
+struct Window {
+    offset: AtomicU64,
+    size: AtomicU64,
+}
+
+impl Window {
+    const NONE: u64 = u64::MAX;
+
+    fn offset(&self) -> u64 {
+        match self.offset.load(Ordering::Relaxed) {
+            Window::NONE => 0,
+            given => given,
+        }
+    }
+
+    fn size(&self) -> Option<u64> {
+        Some(self.size.load(Ordering::Relaxed)).filter(|n| *n != Window::NONE)
+    }
+
+    fn set(&self, offset: Option<u64>, size: Option<u64>) {
+        self.offset.store(offset.unwrap_or(Window::NONE), Ordering::Relaxed);
+        self.size.store(size.unwrap_or(Window::NONE), Ordering::Relaxed);
+    }
+
+    /// It must lie in a child of `len` bytes.
+    fn check(offset: Option<u64>, size: Option<u64>, len: u64) -> Result<()> {
+        let offset = offset.unwrap_or(0);
+        if offset > len {
+            bail!("Offset ({offset}) cannot be greater than size of the containing file ({len})");
+        }
+        if let Some(size) = size
+            && size > len - offset
+        {
+            // Two spaces, as in QEMU.
+            bail!(
+                "The sum of offset ({offset}) and size ({size}) has to be smaller or equal to \
+                 the  actual size of the containing file ({len})"
+            );
+        }
+        Ok(())
+    }
+}
+
 /// See the module's head.
 pub struct Raw {
     file: Arc<Edge>,
-    offset: u64,
-    size: Option<u64>,
+    window: Window,
     /// The child's limits, and the largest alignment that the window's start allows.
     limits: Limits,
 }
@@ -44,22 +88,12 @@ impl Open for RawPlan {
         let perm = window_perm(window, (Perm::NONE, Perm::ALL));
         let file = cx.child("file", self.file, perm)?;
         let node = file.need()?;
-        let (offset, len) = (self.offset.unwrap_or(0), node.len());
-        if offset > len {
-            bail!("Offset ({offset}) cannot be greater than size of the containing file ({len})");
-        }
-        if let Some(size) = self.size
-            && size > len - offset
-        {
-            // Two spaces, as in QEMU.
-            bail!(
-                "The sum of offset ({offset}) and size ({size}) has to be smaller or equal to \
-                 the  actual size of the containing file ({len})"
-            );
-        }
+        Window::check(self.offset, self.size, node.len())?;
         // The child's node aligns what it must; a window may start anywhere.
         let limits = Limits { request_alignment: 1, memory_alignment: 1, ..node.limits() };
-        Ok(Box::new(Raw { file, offset, size: self.size, limits }))
+        let window = Window { offset: AtomicU64::new(0), size: AtomicU64::new(0) };
+        window.set(self.offset, self.size);
+        Ok(Box::new(Raw { file, window, limits }))
     }
 }
 
@@ -73,12 +107,12 @@ impl Driver for Raw {
     }
 
     fn len(&self) -> u64 {
-        let whole = self.file.peek(Node::len).unwrap_or(0).saturating_sub(self.offset);
-        self.size.map_or(whole, |size| size.min(whole))
+        let whole = self.file.peek(Node::len).unwrap_or(0).saturating_sub(self.window.offset());
+        self.window.size().map_or(whole, |size| size.min(whole))
     }
 
     fn grows(&self) -> bool {
-        self.size.is_none() && self.file.peek(|n| n.driver.grows()).unwrap_or(false)
+        self.window.size().is_none() && self.file.peek(|n| n.driver.grows()).unwrap_or(false)
     }
 
     fn limits(&self) -> Limits {
@@ -90,27 +124,27 @@ impl Driver for Raw {
     }
 
     fn wants(&self, _: &Edge, above: (Perm, Perm)) -> (Perm, Perm) {
-        window_perm(self.offset != 0 || self.size.is_some(), above)
+        window_perm(self.window.offset() != 0 || self.window.size().is_some(), above)
     }
 
     fn read(&self, off: u64, to: &mut IovMut) -> io::Result<()> {
         let file = self.file.need()?;
         file.moment(BlkdebugEvent::ReadAio);
-        file.read(off + self.offset, to)
+        file.read(off + self.window.offset(), to)
     }
 
     fn write(&self, off: u64, from: &Iov, flags: Flags) -> io::Result<()> {
         let file = self.file.need()?;
         file.moment(BlkdebugEvent::WriteAio);
-        file.write(off + self.offset, from, flags)
+        file.write(off + self.window.offset(), from, flags)
     }
 
     fn zero(&self, off: u64, len: u64, flags: Flags) -> io::Result<()> {
-        self.file.need()?.zero(off + self.offset, len, flags)
+        self.file.need()?.zero(off + self.window.offset(), len, flags)
     }
 
     fn discard(&self, off: u64, len: u64) -> io::Result<()> {
-        self.file.need()?.discard(off + self.offset, len)
+        self.file.need()?.discard(off + self.window.offset(), len)
     }
 
     fn flush(&self) -> io::Result<()> {
@@ -122,7 +156,7 @@ impl Driver for Raw {
 
     fn status(&self, off: u64, len: u64) -> io::Result<Extent> {
         // Below may be a format with images behind it: "not in this node" would be said of those.
-        let at = off + self.offset;
+        let at = off + self.window.offset();
         let found = chain::contents(&*self.file.need()?, at, len)?;
         let kind = if found.zero { ExtentKind::Zero } else { ExtentKind::Data };
         Ok(Extent { kind, len: found.len, host_offset: Some(at) })
@@ -133,28 +167,24 @@ impl Driver for Raw {
     }
 
     fn resize_with(&self, len: u64, how: Preallocation) -> io::Result<()> {
-        if self.size.is_some() {
+        if self.window.size().is_some() {
             return Err(io::Error::new(io::ErrorKind::Unsupported, "Cannot resize fixed-size raw disks"));
         }
-        let end = len.checked_add(self.offset).ok_or_else(|| errno(libc::EFBIG))?;
+        let end = len.checked_add(self.window.offset()).ok_or_else(|| errno(libc::EFBIG))?;
         self.file.need()?.resize_with(end, how)
     }
 
     fn info(&self) -> ImageInfo {
         let below = self.file.node().map(|n| n.driver.info()).unwrap_or_default();
-        ImageInfo { actual_size: below.actual_size, ..ImageInfo::default() }
+        let ImageInfo { actual_size, cluster_size, dirty, .. } = below;
+        ImageInfo { actual_size, cluster_size, dirty, ..ImageInfo::default() }
     }
 
     fn own_options(&self) -> Map<String, Value> {
-        let size = self.size.map(|size| ("size".to_string(), json!(size)));
-        let offset = (self.offset != 0).then(|| ("offset".to_string(), json!(self.offset)));
-        size.into_iter().chain(offset).collect()
-    }
-
-    fn filename(&self) -> String {
-        // With a window no plain name says what this is; the caller makes a json: name.
-        let plain = self.offset == 0 && self.size.is_none();
-        let below = || self.file.node().map(|n| n.driver.filename());
-        plain.then(below).flatten().unwrap_or_default()
+        let given = |name: &str, cell: &AtomicU64| match cell.load(Ordering::Relaxed) {
+            Window::NONE => None,
+            n => Some((name.to_string(), json!(n))),
+        };
+        given("size", &self.window.size).into_iter().chain(given("offset", &self.window.offset)).collect()
     }
 }

@@ -4,6 +4,7 @@
 //! Owns: an edge. Never: changes a request. Threads: I/O from any. Locks: none.
 
 use crate::block::driver::{Driver, Flags, Limits, Perm};
+use crate::block::filename::names;
 use crate::block::graph::Graph;
 use crate::block::node::{Edge, Node, NodeOptions};
 use crate::error::Result;
@@ -94,6 +95,6 @@ impl Driver for PassThrough {
     }
 
     fn filename(&self) -> String {
-        self.file.node().map(|n| n.driver.filename()).unwrap_or_default()
+        self.file.node().map(|n| names(&n).shown()).unwrap_or_default()
     }
 }

@@ -286,19 +286,23 @@ macro_rules! wire_union {
                     $crate::wire_name!($($awire)? $afield),
                     at,
                 )?; )*)?
-                let mut branch: Option<$Kind> = None;
+                // A function for each branch: here, where definitions nest, all of them together
+                // would make a large stack frame.
+                type Take = fn(&mut $crate::qapi::Object, &$crate::qapi::Path) -> $crate::error::Result<$Kind>;
+                let mut branch: Option<Take> = None;
                 let mut n = 0;
                 $(
                     if n == word {
-                        branch = Some($Kind::$Variant(
-                            <$V as $crate::qapi::WireObject>::take_members(from, at)?,
-                        ));
+                        branch = Some(|from, at| {
+                            <$V as $crate::qapi::WireObject>::take_members(from, at).map($Kind::$Variant)
+                        });
                     }
                     n += 1;
                 )*
                 debug_assert!(n == $Kind::WORDS.len());
                 // Every word has its branch: both lists come from the same macro arguments.
-                let Some($kfield) = branch else { return Err(at.member($tag).missing()) };
+                let Some(take) = branch else { return Err(at.member($tag).missing()) };
+                let $kfield = take(from, at)?;
                 Ok($Name { $($field,)* $kfield, $($($afield,)*)? })
             }
             fn give_members(self, to: &mut $crate::qapi::Object) {

@@ -173,10 +173,6 @@ impl Driver for Qcow2 {
         self.populate_at(off, len, zero)
     }
 
-    fn filename(&self) -> String {
-        self.file.node().map(|n| n.driver.filename()).unwrap_or_default()
-    }
-
     fn flush(&self) -> io::Result<()> {
         if self.read_only() {
             return Ok(());
@@ -260,7 +256,7 @@ impl Driver for Qcow2 {
             backing_filename: h.backing_file.clone(),
             backing_format: h.backing_format.clone(),
             encrypted: h.crypt != header::Crypt::None,
-            dirty: h.incompatible & header::INCOMPAT_DIRTY != 0,
+            dirty: Some(h.incompatible & header::INCOMPAT_DIRTY != 0),
             specific: Some(("qcow2", data)),
         }
     }

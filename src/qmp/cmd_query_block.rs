@@ -8,7 +8,7 @@ use super::query_block_types::*;
 use super::schema::Cx;
 use crate::block::bitmap::Bitmap;
 use crate::block::drive::Drive;
-use crate::block::driver;
+use crate::block::filename;
 use crate::block::handle::{Handle, IoStatus};
 use crate::block::node::{DetectZeroes, Node};
 use crate::block::open::combine;
@@ -18,7 +18,9 @@ use crate::commands;
 use crate::control::formats::BlockdevDetectZeroesOptions;
 use crate::error::Result;
 use crate::qapi::{Path, Wire};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
+use std::cell::RefCell;
+use std::collections::HashMap;
 use std::sync::Arc;
 
 commands! {
@@ -42,12 +44,13 @@ commands! {
 }
 
 fn query_block(cx: &mut Cx) -> Result<Vec<BlockInfo>> {
-    Ok(cx.vm.drives.iter().map(block_info).collect())
+    let look = Look::default();
+    Ok(cx.vm.drives.iter().map(|d| block_info(&look, d)).collect())
 }
 
 fn query_named_block_nodes(cx: &mut Cx, flat: Option<bool>) -> Result<Vec<BlockDeviceInfo>> {
-    let flat = flat.unwrap_or(false);
-    Ok(cx.vm.graph.nodes().map(|n| device_info(n, None, flat)).collect())
+    let look = Look { flat: flat.unwrap_or(false), ..Look::default() };
+    Ok(cx.vm.graph.nodes().map(|n| device_info(&look, n, None)).collect())
 }
 
 fn query_blockstats(cx: &mut Cx, query_nodes: Option<bool>) -> Result<Vec<BlockStats>> {
@@ -55,7 +58,7 @@ fn query_blockstats(cx: &mut Cx, query_nodes: Option<bool>) -> Result<Vec<BlockS
         // Oldest first, as QEMU has it here.
         let mut nodes: Vec<_> = cx.vm.graph.nodes().collect();
         nodes.reverse();
-        return Ok(nodes.into_iter().map(node_stats).collect());
+        return Ok(nodes.into_iter().map(|n| node_stats(n, false)).collect());
     }
     Ok(cx.vm.drives.iter().map(drive_stats).collect())
 }
@@ -64,7 +67,7 @@ fn qdev(drive: &Drive) -> Option<String> {
     drive.device.as_ref().map(|d| d.qdev.clone())
 }
 
-fn block_info(drive: &Drive) -> BlockInfo {
+fn block_info(look: &Look, drive: &Drive) -> BlockInfo {
     let device = drive.device.as_ref();
     let tray = drive.handle.tray();
     let reports = device.is_some_and(|d| d.io_status);
@@ -78,7 +81,7 @@ fn block_info(drive: &Drive) -> BlockInfo {
             .handle
             .node()
             .map(Node::skip_implicit)
-            .map(|n| device_info(&n, Some(&drive.handle), false)),
+            .map(|n| device_info(look, &n, Some(&drive.handle))),
         tray_open: tray.map(|t| t.is_open()),
         io_status: reports.then(|| match drive.handle.io_status() {
             IoStatus::Ok => BlockDeviceIoStatus::Ok,
@@ -88,49 +91,36 @@ fn block_info(drive: &Drive) -> BlockInfo {
     }
 }
 
-/// The node at the other end of the child edge `role`.
-fn child(node: &Node, role: &str) -> Option<Arc<Node>> {
-    node.driver.edges().into_iter().find(|e| e.role == role)?.node()
-}
-
-/// The name of a node's file: a plain one if that says it all, else `json:{…}`.
-fn filename(node: &Node, info: &driver::ImageInfo) -> String {
-    let plain = node.driver.filename();
-    let usual = child(node, "backing").map(|b| b.driver.filename());
-    let own = child(node, "file").map(|f| f.driver.filename()).unwrap_or_default();
-    let named = info.backing_filename.as_ref().map(|name| combine(&own, name));
-    if !plain.is_empty() && usual == named {
-        return plain;
-    }
-    format!("json:{}", Value::Object(options(node)))
-}
-
 /// The name of a node's file.
 pub(super) fn file_name(node: &Node) -> String {
-    filename(node, &node.driver.info())
+    filename::names(node).shown()
 }
 
-/// The options that would open this node again.
-fn options(node: &Node) -> Map<String, Value> {
-    let mut map = node.driver.own_options();
-    map.insert("driver".into(), json!(node.driver.name()));
-    for edge in node.driver.edges() {
-        let below = edge.node().map_or(Value::Null, |n| Value::Object(options(&n)));
-        // The children of a quorum are a list.
-        match edge.role.split_once('.').map(|(list, _)| map.entry(list).or_insert(json!([]))) {
-            Some(Value::Array(list)) => list.push(below),
-            _ => {
-                map.insert(edge.role.clone(), below);
-            }
-        }
+/// One look at the graph.
+#[derive(Default)]
+struct Look {
+    /// Backing files' images are left out.
+    flat: bool,
+    /// Names that are known already: of a long chain each would be made many times.
+    names: RefCell<HashMap<*const Node, String>>,
+}
+
+impl Look {
+    fn name(&self, node: &Arc<Node>) -> String {
+        let mut names = self.names.borrow_mut();
+        names.entry(Arc::as_ptr(node)).or_insert_with(|| file_name(node)).clone()
     }
-    map
 }
 
-fn image_info(node: &Node, flat: bool) -> ImageInfo {
+/// What a node filters, or its backing file. `seen`: of what a user did not ask for nothing is shown.
+fn below(node: &Node, seen: bool) -> Option<Arc<Node>> {
+    let below = node.filtered().or_else(|| filename::backing(node))?;
+    Some(if seen { below.skip_implicit() } else { below })
+}
+
+fn image_info(look: &Look, node: &Arc<Node>, seen: bool) -> ImageInfo {
     let info = node.driver.info();
-    let own = child(node, "file").map(|f| f.driver.filename()).unwrap_or_default();
-    let backing = child(node, "backing").filter(|_| !flat);
+    let backing = below(node, seen).filter(|_| !look.flat);
     // An image whose list cannot be read shows none.
     let snapshots = node.driver.internal().and_then(|i| i.snapshots().ok());
     let snapshots = snapshots.map(|list| list.into_iter().map(SnapshotInfo::from).collect::<Vec<_>>());
@@ -141,39 +131,44 @@ fn image_info(node: &Node, flat: bool) -> ImageInfo {
         taken.inspect_err(|e| log::error!("format-specific of {}: {e}", node.name)).ok()
     });
     ImageInfo {
-        filename: filename(node, &info),
+        filename: look.name(node),
         format: node.driver.name().to_string(),
-        dirty_flag: Some(info.dirty),
+        dirty_flag: info.dirty,
         actual_size: info.actual_size,
-        virtual_size: node.len(),
+        // A file need not be whole sectors; disks are.
+        virtual_size: node.len().next_multiple_of(512),
         cluster_size: info.cluster_size,
         encrypted: info.encrypted.then_some(true),
-        full_backing_filename: info.backing_filename.as_ref().map(|name| combine(&own, name)),
+        full_backing_filename: info
+            .backing_filename
+            .as_ref()
+            .map(|name| combine(&filename::origin(node), name)),
         backing_filename: info.backing_filename,
         backing_filename_format: info.backing_format,
         snapshots: snapshots.filter(|list| !list.is_empty()),
         format_specific: specific,
-        backing_image: backing.map(|b| Box::new(image_info(&b, flat))),
+        backing_image: backing.map(|b| Box::new(image_info(look, &b, seen))),
     }
 }
 
-fn device_info(node: &Node, handle: Option<&Handle>, flat: bool) -> BlockDeviceInfo {
-    let image = image_info(node, flat);
+fn device_info(look: &Look, node: &Arc<Node>, handle: Option<&Handle>) -> BlockDeviceInfo {
+    let image = image_info(look, node, handle.is_some());
     let member = handle.and_then(Handle::throttled);
     let limits = member.as_ref().map(|m| m.group().limits()).unwrap_or_default();
     let burst = |which| {
         let limit = limits.get(which);
         (limit.max > 0).then_some((limit.max.cast_signed(), limit.length.cast_signed()))
     };
-    let chain = std::iter::successors(child(node, "backing"), |n| child(n, "backing"));
+    let seen = handle.is_some();
+    let chain = std::iter::successors(below(node, seen), |n| below(n, seen));
     BlockDeviceInfo {
         file: image.filename.clone(),
         node_name: Some(node.name.clone()),
         ro: node.read_only(),
         drv: node.driver.name().to_string(),
-        backing_file: child(node, "backing").map(|b| filename(&b, &b.driver.info())),
+        backing_file: filename::backing(node).map(|b| look.name(&b)),
         // QEMU counts the images it shows below this one.
-        backing_file_depth: if flat { 0 } else { i64::try_from(chain.count()).unwrap_or(i64::MAX) },
+        backing_file_depth: if look.flat { 0 } else { i64::try_from(chain.count()).unwrap_or(i64::MAX) },
         active: true,
         encrypted: image.encrypted.unwrap_or(false),
         detect_zeroes: match node.options().detect_zeroes {
@@ -227,7 +222,7 @@ fn dirty_info(bitmap: &Bitmap) -> BlockDirtyInfo {
 }
 
 fn drive_stats(drive: &Drive) -> BlockStats {
-    let below = drive.handle.node().map(|n| node_stats(&n.skip_implicit()));
+    let below = drive.handle.node().map(|n| node_stats(&n, true));
     let (invalid, failed) = drive.handle.stats.account();
     let mut stats = counters(Some(&drive.handle.stats));
     stats.wr_highest_offset = below.as_ref().map_or(0, |b| b.stats.wr_highest_offset);
@@ -254,7 +249,9 @@ fn drive_stats(drive: &Drive) -> BlockStats {
     }
 }
 
-fn node_stats(node: &Arc<Node>) -> BlockStats {
+/// `seen`: as part of a drive, with its backing file, and without what no user asked for.
+fn node_stats(node: &Arc<Node>, seen: bool) -> BlockStats {
+    let node = &if seen { node.clone().skip_implicit() } else { node.clone() };
     let mut stats = counters(None);
     stats.wr_highest_offset = node.wr_highest_offset();
     let specific = node.driver.stats().and_then(|map| {
@@ -267,8 +264,8 @@ fn node_stats(node: &Arc<Node>) -> BlockStats {
         node_name: Some(node.name.clone()),
         stats,
         driver_specific: specific,
-        parent: child(node, "file").map(|n| Box::new(node_stats(&n))),
-        backing: child(node, "backing").map(|n| Box::new(node_stats(&n))),
+        parent: filename::primary(node).map(|n| Box::new(node_stats(&n, seen))),
+        backing: below(node, seen).filter(|_| seen).map(|n| Box::new(node_stats(&n, seen))),
     }
 }
 

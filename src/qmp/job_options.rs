@@ -68,7 +68,7 @@ pub(super) fn find_backing(top: &Arc<Node>, name: &str) -> Option<Arc<Node>> {
         if recorded.as_deref() == Some(name) || file == name {
             return Some(node);
         }
-        let own = above.driver.filename();
+        let own = crate::block::filename::origin(&above);
         let meant = crate::block::open::combine(&own, name);
         if let (Some(a), Some(b)) = (real(&meant), real(&file))
             && a == b
