@@ -413,6 +413,11 @@ pub trait Driver: Send + Sync {
         Ok(())
     }
 
+    /// True if `password` is that of this encrypted image. ENOTSUP: it is not encrypted.
+    fn check_password(&self, password: &[u8]) -> io::Result<bool> {
+        pass(self, |n| n.driver.check_password(password))
+    }
+
     /// Records another name for the backing file in the image, whose format stays; the node that
     /// is below stays too. ENOTSUP: this format has no such name.
     fn set_backing_name(&self, name: &str) -> io::Result<()> {

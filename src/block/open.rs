@@ -153,7 +153,7 @@ pub trait Env {
     /// (O_RDONLY, O_RDWR), and that has O_DIRECT if `flags` does.
     fn fdset(&self, path: &str, flags: i32) -> Result<PassedFd>;
 
-    /// The bytes of the `secret` object `id`: a password or key.
+    /// The bytes of the `secret` object `id`, which is a password.
     fn secret(&self, id: &str) -> Result<Vec<u8>>;
 }
 
@@ -246,7 +246,7 @@ impl Opening<'_> {
         self.env.fdset(path, flags)
     }
 
-    /// The bytes of a `secret` object.
+    /// The password that the `secret` object `id` is.
     pub fn secret(&self, id: &str) -> Result<Vec<u8>> {
         self.env.secret(id)
     }

@@ -3,6 +3,7 @@
 //! A new driver is a file with an [`Open`], and a row here. Owns: the table. Never: guests, QMP's
 //! connections. Threads: control. Locks: none.
 
+use super::encrypt_options::BlockdevQcow2Encryption;
 use super::objects::Objects;
 use crate::block::blkdebug::{BlkdebugOptions, BlkdebugPlan};
 use crate::block::blkverify::BlkverifyPlan;
@@ -242,6 +243,8 @@ wire_struct! {
         base: Flat<BlockdevOptionsGenericCOWFormat>,
         /// Whether space that the guest discards goes back to the file system (default: yes).
         "pass-discard-request" pass_discard_request: Option<bool>,
+        /// How to get at the data of an encrypted image.
+        encrypt: Option<BlockdevQcow2Encryption>,
         /// Bytes of both metadata caches together.
         "cache-size" cache_size: Option<i64>,
         /// Bytes of the cache for L2 tables (default: enough for the disk, at most 32 MiB).
@@ -311,6 +314,7 @@ pub fn plan(options: BlockdevOptions) -> Result<Plan> {
             file: child(o.base.0.file)?,
             backing: backing(o.base.0.backing)?,
             data_file: o.data_file.map(child).transpose()?,
+            encrypt: o.encrypt.map(BlockdevQcow2Encryption::method),
             options: qcow2::open::Options {
                 cache_size: bytes("cache-size", o.cache_size)?,
                 l2_cache_size: bytes("l2-cache-size", o.l2_cache_size)?,
@@ -410,7 +414,7 @@ impl Env for Formats<'_> {
     }
 
     fn secret(&self, id: &str) -> Result<Vec<u8>> {
-        Ok(self.objects.secret(id)?.bytes().to_vec())
+        self.objects.password(id)
     }
 }
 

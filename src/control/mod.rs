@@ -3,6 +3,7 @@
 pub mod board;
 pub mod devices;
 pub mod drive_options;
+pub mod encrypt_options;
 pub mod event_loop;
 pub mod exports;
 pub mod formats;

@@ -101,6 +101,15 @@ impl Objects {
         self.all::<Arc<Group>>().find(|(known, _)| *known == id).map(|(_, group)| group.clone())
     }
 
+    /// The secret `id`, which is a password: text without a zero byte.
+    pub fn password(&self, id: &str) -> Result<Vec<u8>> {
+        let bytes = self.secret(id)?.bytes();
+        if bytes.contains(&0) || std::str::from_utf8(bytes).is_err() {
+            bail!("Data from secret {id} is not valid UTF-8");
+        }
+        Ok(bytes.to_vec())
+    }
+
     /// The thread `id`.
     pub fn iothread(&self, id: &str) -> Result<Arc<IoThread>> {
         match self.all::<Arc<IoThread>>().find(|(known, _)| *known == id) {

@@ -6,6 +6,7 @@
 use super::objects::{Object, Objects};
 use crate::bail;
 use crate::error::{Error, Result, strerror};
+use crate::qcow2::crypt::cbc_decrypt;
 use crate::{wire_enum, wire_struct};
 use std::fs::OpenOptions;
 use std::io::Read;
@@ -133,8 +134,24 @@ pub fn base64(text: &[u8]) -> Result<Vec<u8>> {
 }
 
 /// AES-256-CBC with PKCS #7 padding.
-fn decrypt(_: Vec<u8>, _: &Secret, _: Option<&str>) -> Result<Vec<u8>> {
-    bail!("'keyid' needs a minivmm with ciphers: build it with cargo build --features luks");
+fn decrypt(mut bytes: Vec<u8>, key: &Secret, iv: Option<&str>) -> Result<Vec<u8>> {
+    let Ok(key) = key.0.as_slice().try_into() else { bail!("Key should be 32 bytes in length") };
+    let Some(iv) = iv else { bail!("IV is required to decrypt secret") };
+    let iv = base64(iv.as_bytes())?;
+    let Ok(iv) = iv.as_slice().try_into() else {
+        bail!("IV should be 16 bytes in length not {}", iv.len());
+    };
+    if bytes.len() % 16 != 0 {
+        bail!("Length {} must be a multiple of block size 16", bytes.len());
+    }
+    cbc_decrypt(key, iv, &mut bytes)?;
+    // Of nothing there is no padding.
+    let Some(padding) = bytes.last().map(|last| usize::from(*last)) else { return Ok(bytes) };
+    if padding > 16 {
+        bail!("Incorrect number of padding bytes ({padding}) found on decrypted data");
+    }
+    bytes.truncate(bytes.len() - padding);
+    Ok(bytes)
 }
 
 #[cfg(test)]

@@ -3,6 +3,8 @@
 //! Owns: the first layout: header, refcount table, one or more refcount blocks, L1 table. Never:
 //! opens or creates files: it gets an empty node. Threads: any one. Locks: none.
 
+use super::crypt::CreateEncrypt;
+use super::crypt_luks;
 use super::header::{self, Compression, Crypt, Header, MAX_L1_BYTES, MAX_NAME};
 use super::meta::write_all;
 use super::open;
@@ -40,6 +42,8 @@ pub struct CreateOptions {
     pub data_file_raw: bool,
     /// `preallocation`.
     pub preallocation: Preallocation,
+    /// `encrypt`.
+    pub encrypt: Option<CreateEncrypt>,
 }
 
 impl Default for CreateOptions {
@@ -57,6 +61,7 @@ impl Default for CreateOptions {
             data_file: None,
             data_file_raw: false,
             preallocation: Preallocation::Off,
+            encrypt: None,
         }
     }
 }
@@ -124,6 +129,11 @@ fn plan(o: &CreateOptions) -> io::Result<Header> {
     if o.data_file_raw && o.backing_file.is_some() {
         return Err(invalid("Backing file and data-file-raw cannot be used at the same time"));
     }
+    if o.data_file_raw && o.encrypt.is_some() {
+        return Err(invalid(
+            "'data-file-raw' and encryption exclude each other: the data file would be no raw image",
+        ));
+    }
     if o.backing_format.is_some() && o.backing_file.is_none() {
         return Err(invalid("Backing format cannot be used without backing file"));
     }
@@ -144,7 +154,7 @@ fn plan(o: &CreateOptions) -> io::Result<Header> {
         version: o.version,
         cluster_bits: o.cluster_size.trailing_zeros(),
         size: o.size,
-        crypt: Crypt::None,
+        crypt: o.encrypt.as_ref().map_or(Crypt::None, |e| e.method),
         l1_size: 0,
         l1_offset: 0,
         reftable_offset: 0,
@@ -161,7 +171,8 @@ fn plan(o: &CreateOptions) -> io::Result<Header> {
         backing_format: o.backing_format.clone(),
         data_file: o.data_file.clone(),
         bitmaps: None,
-        crypto: None,
+        // Its place is known later.
+        crypto: o.encrypt.as_ref().filter(|e| e.method == Crypt::Luks).map(|_| (0, 0)),
         // In small clusters it would leave no room for anything else.
         feature_names: (o.version >= 3 && o.cluster_size > 4096).then(header::feature_name_table),
         unknown_extensions: Vec::new(),
@@ -204,7 +215,7 @@ pub fn create(file: &Arc<Node>, data_file: Option<&Arc<Node>>, options: &CreateO
             edge("file", file),
             Edge::new("backing", None),
             data_file.map(|node| edge("data-file", node)),
-            open::Options::default(),
+            open::Options { encrypt: options.encrypt.as_ref().map(|e| e.unlock()), ..Default::default() },
         )?;
         image.preallocate(0..options.size, how)?;
         image.close()?;
@@ -214,23 +225,33 @@ pub fn create(file: &Arc<Node>, data_file: Option<&Arc<Node>>, options: &CreateO
 
 fn write_layout(file: &Node, options: &CreateOptions) -> io::Result<()> {
     let mut h = plan(options)?;
+    let luks = match &options.encrypt {
+        Some(e) if e.method == Crypt::Luks => crypt_luks::format(e)?,
+        Some(_) => crypt_luks::available().map(|()| Vec::new())?,
+        None => Vec::new(),
+    };
     let geo = h.geometry();
     let size = geo.cluster_size();
-    // Layout: header, refcount table (1 cluster), refcount blocks, L1 table.
-    let l1 = geo.round_up(u64::from(h.l1_size) * 8) >> geo.cluster_bits;
+    // Layout: header, refcount table (1 cluster), refcount blocks, L1 table, LUKS header.
+    let luks_clusters = geo.round_up(luks.len() as u64) >> geo.cluster_bits;
+    let l1_clusters = geo.round_up(u64::from(h.l1_size) * 8) >> geo.cluster_bits;
+    let rest = l1_clusters + luks_clusters;
     let mut blocks = 1;
     let mut table = 1;
-    while (1 + table + blocks + l1).div_ceil(1 << geo.block_bits()) > blocks
+    while (1 + table + blocks + rest).div_ceil(1 << geo.block_bits()) > blocks
         || (blocks * 8).div_ceil(size) > table
     {
-        blocks = (1 + table + blocks + l1).div_ceil(1 << geo.block_bits()).max(blocks);
+        blocks = (1 + table + blocks + rest).div_ceil(1 << geo.block_bits()).max(blocks);
         table = (blocks * 8).div_ceil(size).max(table);
     }
     h.reftable_offset = size;
     h.reftable_clusters = table as u32;
     let first_block = (1 + table) * size;
     h.l1_offset = if h.l1_size == 0 { 0 } else { first_block + blocks * size };
-    let used = 1 + table + blocks + l1;
+    let used = 1 + table + blocks + rest;
+    if !luks.is_empty() {
+        h.crypto = Some((first_block + (blocks + l1_clusters) * size, luks.len() as u64));
+    }
     let header = h.to_bytes()?;
     file.resize(0)?;
     file.resize(used * size)?;
@@ -242,6 +263,9 @@ fn write_layout(file: &Node, options: &CreateOptions) -> io::Result<()> {
         let here = (used - (i << geo.block_bits())).min(1 << geo.block_bits());
         (0..here as usize).for_each(|k| refcount_set(&mut block, h.refcount_order, k, 1));
         write_all(file, first_block + i * size, &block)?;
+    }
+    if let Some((offset, _)) = h.crypto {
+        write_all(file, offset, &luks)?;
     }
     write_all(file, 0, &header)?;
     file.flush()

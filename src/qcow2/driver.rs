@@ -5,6 +5,7 @@
 
 use super::Qcow2;
 use super::bitmap_dir::Stored;
+use super::crypt::{Payload, SECTOR};
 use super::header;
 use super::meta::{Map, Meta};
 use super::open::Options;
@@ -30,6 +31,7 @@ impl Qcow2 {
         data_file: Option<Arc<Edge>>,
         size: u64,
         meta: Meta,
+        crypt: Option<Payload>,
         options: Options,
     ) -> Qcow2 {
         Qcow2 {
@@ -37,6 +39,7 @@ impl Qcow2 {
             backing,
             data_file,
             geo: meta.geo,
+            crypt,
             read_only: AtomicBool::new(options.read_only),
             punch: options.pass_discard_request.unwrap_or(true),
             size: AtomicU64::new(size),
@@ -128,6 +131,7 @@ impl Driver for Qcow2 {
         Limits {
             discard_alignment: self.geo.cluster_size() as u32,
             cheap_zeroes: self.geo.v3,
+            request_alignment: if self.crypt.is_some() { SECTOR as u32 } else { 1 },
             ..Limits::default()
         }
     }
@@ -190,7 +194,10 @@ impl Driver for Qcow2 {
             }
         };
         let (kind, host_offset) = match map {
-            Map::Data(host) => (ExtentKind::Data, Some(host).filter(|_| self.data_file.is_none())),
+            Map::Data(host) => {
+                let plain = self.data_file.is_none() && self.crypt.is_none();
+                (ExtentKind::Data, Some(host).filter(|_| plain))
+            }
             Map::Zero => (ExtentKind::Zero, None),
             Map::Unallocated => (ExtentKind::Unallocated, None),
             Map::Compressed(..) => (ExtentKind::Data, None),
@@ -249,6 +256,9 @@ impl Driver for Qcow2 {
             data.insert("bitmaps".into(), meta.stored.iter().map(of).collect());
         }
         data.insert("refcount-bits".into(), Value::from(1u64 << h.refcount_order));
+        if let Some(crypt) = &self.crypt {
+            data.insert("encrypt".into(), Value::Object(crypt.info.clone()));
+        }
         data.insert("compression-type".into(), h.compression.as_str().into());
         ImageInfo {
             cluster_size: Some(meta.geo.cluster_size()),
@@ -290,6 +300,15 @@ impl Driver for Qcow2 {
 
     fn begin_writing(&self) -> io::Result<()> {
         self.prepare_to_write()
+    }
+
+    fn own_options(&self) -> Object<String, Value> {
+        let encrypt = self.crypt.as_ref().filter(|c| c.secret.is_some()).map(|c| c.options());
+        encrypt.map(|e| ("encrypt".to_string(), e)).into_iter().collect()
+    }
+
+    fn check_password(&self, password: &[u8]) -> io::Result<bool> {
+        self.password_fits(password)
     }
 
     fn set_backing_name(&self, name: &str) -> io::Result<()> {

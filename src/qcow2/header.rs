@@ -41,6 +41,8 @@ const EXT_DATA_FILE: u32 = 0x4441_5441;
 pub const MAX_L1_BYTES: u64 = 32 << 20;
 /// Largest refcount table in bytes (QEMU's limit).
 pub const MAX_REFTABLE_BYTES: u64 = 8 << 20;
+/// Largest encryption header in bytes.
+const MAX_CRYPTO: u64 = 16 << 20;
 /// Most snapshots (QEMU's limit).
 const MAX_SNAPSHOTS: u32 = 65536;
 /// Longest backing or data file name in bytes (the specification's limit).
@@ -274,6 +276,10 @@ impl Header {
                             "Encryption header offset '{at}' is not a multiple of cluster size '{}'",
                             self.geometry().cluster_size()
                         )));
+                    }
+                    // QEMU's headers have 2 MB, whatever the cipher.
+                    if length > MAX_CRYPTO || at > i64::MAX as u64 - MAX_CRYPTO {
+                        return Err(bad(format!("Encryption header at {at} of {length} bytes is too large")));
                     }
                     self.crypto = Some((at, length));
                 }

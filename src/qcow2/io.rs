@@ -184,7 +184,10 @@ impl Qcow2 {
             Map::Data(host) => {
                 let data = self.data()?;
                 data.moment(BlkdebugEvent::ReadAio);
-                read_clipped(&data, host, at, n, to)?;
+                match &self.crypt {
+                    None => read_clipped(&data, host, at, n, to)?,
+                    Some(payload) => payload.read(&data, host, off, &mut to.slice(at, n))?,
+                }
             }
             Map::Zero => to.fill(at, n, 0),
             Map::Unallocated => {
@@ -253,10 +256,10 @@ impl Qcow2 {
                     let data = self.data()?;
                     data.moment(BlkdebugEvent::WriteAio);
                     match n == from.len() as u64 {
-                        true => data.write(host, from, Flags::NONE)?,
+                        true => self.write_data(&data, host, off, from)?,
                         false => {
                             let piece = from.slice(pos as usize, n as usize);
-                            data.write(host, &piece, Flags::NONE)?;
+                            self.write_data(&data, host, off, &piece)?;
                         }
                     }
                     drop(using);
@@ -327,7 +330,7 @@ impl Qcow2 {
         let n = (plan.data.end - plan.data.start) as usize;
         node.moment(BlkdebugEvent::WriteAio);
         if head.is_nothing() && tail.is_nothing() && n == from.len() {
-            return node.write(host(plan.data.start), from, Flags::NONE);
+            return self.write_data(&node, host(plan.data.start), plan.data.start, from);
         }
         let mut iov = Iov::new();
         let start = plan.data.start - head.push(&mut iov) as u64;
@@ -336,7 +339,15 @@ impl Qcow2 {
         if !head.is_nothing() || !tail.is_nothing() {
             node.moment(BlkdebugEvent::CowWrite);
         }
-        node.write(host(start), &iov, Flags::NONE)
+        self.write_data(&node, host(start), start, &iov)
+    }
+
+    /// Writes guest data, which are at `guest` on the disk, to `host` in `node`.
+    fn write_data(&self, node: &Node, host: u64, guest: u64, from: &Iov) -> io::Result<()> {
+        match &self.crypt {
+            None => node.write(host, from, Flags::NONE),
+            Some(payload) => payload.write(node, host, guest, from),
+        }
     }
 
     /// What is to be written in `range`, beside the request's data.
@@ -351,7 +362,9 @@ impl Qcow2 {
             return Ok(Around::Zeroes(len));
         }
         if inside == 0 || self.reads_zero(range.start, inside)? {
-            return Ok(if plan.fresh { Around::Nothing } else { Around::Zeroes(len) });
+            // A hole reads as zeroes, but is no sector of encrypted zeroes.
+            let nothing = plan.fresh && self.crypt.is_none();
+            return Ok(if nothing { Around::Nothing } else { Around::Zeroes(len) });
         }
         let mut buf = vec![0; len];
         let mut iov = IovMut::from_slice(&mut buf[..inside as usize]);
@@ -423,7 +436,7 @@ impl Around {
 }
 
 /// Reads `n` bytes at `off` to position `at` of `to`; what lies beyond the node's end is zeroes.
-fn read_clipped(node: &Node, off: u64, at: usize, n: usize, to: &mut IovMut) -> io::Result<()> {
+pub(super) fn read_clipped(node: &Node, off: u64, at: usize, n: usize, to: &mut IovMut) -> io::Result<()> {
     let have = node.len().saturating_sub(off).min(n as u64) as usize;
     if have == to.len() {
         return node.read(off, to);

@@ -14,6 +14,7 @@
 //! | `erase.rs` | write-zeroes, discard |
 //! | `packed.rs` | writing compressed clusters |
 //! | `compress.rs` | zlib and zstd |
+//! | `crypt.rs` `crypt_*.rs` | encryption of guest data: where it happens; ciphers, keys, LUKS's header |
 //! | `open.rs` | opening: limits, features, first checks |
 //! | `plan.rs` | options of `blockdev-add`; opens the children |
 //! | `create.rs` | new images |
@@ -44,6 +45,16 @@ mod checkpoint;
 pub mod compress;
 pub mod corrupt;
 pub mod create;
+pub mod crypt;
+#[cfg(feature = "luks")]
+mod crypt_cipher;
+#[cfg(feature = "luks")]
+mod crypt_kdf;
+#[cfg(feature = "luks")]
+mod crypt_luks;
+#[cfg(not(feature = "luks"))]
+#[path = "crypt_absent.rs"]
+mod crypt_luks;
 mod driver;
 mod erase;
 mod extension;
@@ -76,6 +87,7 @@ pub struct Qcow2 {
     backing: Arc<Edge>,
     data_file: Option<Arc<Edge>>,
     geo: types::Geometry,
+    crypt: Option<crypt::Payload>,
     read_only: AtomicBool,
     /// Space freed by guest requests goes back to the file system.
     punch: bool,

@@ -10,8 +10,9 @@ use super::Qcow2;
 use super::bitmap_dir::{self, read_table as read_bitmap_table};
 use super::cache::Cache;
 use super::corrupt::OnCorrupt;
+use super::crypt::{self, Unlock};
 use super::extension;
-use super::header::{self, Crypt, Header};
+use super::header::{self, Header};
 use super::meta::{Meta, Table, read_padded};
 use super::types::{OFFSET_MASK, REFTABLE_MASK, be32, be64};
 use crate::block::debug::BlkdebugEvent;
@@ -47,6 +48,8 @@ pub struct Options {
     /// `cache-clean-interval` in seconds: pages unused for that long are given up (600 if absent,
     /// 0: never).
     pub cache_clean_interval: Option<u64>,
+    /// `encrypt`: how to get at the data of an encrypted image.
+    pub encrypt: Option<Unlock>,
     /// For tests of the tests.
     #[doc(hidden)]
     pub bug: Option<super::mutant::Mutant>,
@@ -91,17 +94,6 @@ pub fn open(
     let header = Header::parse(&first)?;
     let stale_extension = header.bitmaps.is_none() && extension::is_there(&first);
     first.resize(512, 0);
-    match header.crypt {
-        Crypt::None => {}
-        Crypt::Aes => {
-            return Err(refuse(
-                "Use of AES-CBC encrypted qcow2 images is no longer supported in system emulators",
-            ));
-        }
-        Crypt::Luks => {
-            return Err(refuse("LUKS-encrypted qcow2 images are not supported by this build"));
-        }
-    }
     if header.incompatible & header::INCOMPAT_CORRUPT != 0 && !options.read_only {
         return Err(refuse("qcow2: Image is corrupt; cannot be opened read/write"));
     }
@@ -113,6 +105,7 @@ pub fn open(
         _ => {}
     }
     let (l2, refs) = cache_sizes(&header, &options)?;
+    let crypt = crypt::open(&node, &header, options.encrypt.as_ref())?;
     let geo = header.geometry();
     let file_len = node.len();
     let l1 = read_table(&node, "Active L1 table", header.l1_offset, u64::from(header.l1_size))?;
@@ -165,7 +158,7 @@ pub fn open(
     if !options.read_only {
         meta.find_tables(&node)?;
     }
-    let image = Qcow2::new(file, backing, data_file, size, meta, options);
+    let image = Qcow2::new(file, backing, data_file, size, meta, crypt, options);
     image.load_bitmaps()?;
     if !image.read_only() {
         image.prepare_to_write()?;
@@ -280,6 +273,7 @@ impl Meta {
         let mut ranges = vec![(0, 1)];
         ranges.push((self.header.reftable_offset, u64::from(self.header.reftable_clusters) << bits));
         ranges.push((self.header.l1_offset, u64::from(self.header.l1_size) * 8));
+        ranges.extend(self.header.crypto);
         ranges.extend(self.snapshot_tables(file)?);
         ranges.extend(self.header.bitmaps.iter().map(|ext| (ext.offset, ext.size)));
         ranges.extend(self.stored.iter().map(|s| (s.table, u64::from(s.entries) * 8)));

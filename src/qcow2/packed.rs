@@ -50,7 +50,9 @@ impl Qcow2 {
             let piece = from.slice(pos as usize, len as usize);
             // The disk's last cluster is whole when it is written up to the end.
             let whole = self.geo.in_cluster(here) == 0 && (len == cluster || here + len == size);
-            if !whole || self.data_file.is_some() || !self.write_packed(here, &piece)? {
+            // Compressed data would be in plain text.
+            let plain = self.data_file.is_none() && self.crypt.is_none();
+            if !whole || !plain || !self.write_packed(here, &piece)? {
                 self.write_at(here, &piece)?;
             }
             pos += len;

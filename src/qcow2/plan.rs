@@ -4,6 +4,8 @@
 //! what an image may name ([`Opening`] does). Threads: the control thread. Locks: none.
 
 use super::corrupt::{Corruption, OnCorrupt};
+use super::crypt::{self, Unlock};
+use super::header::Crypt;
 use super::open::{self, Options};
 use crate::block::driver::{Driver, Perm};
 use crate::block::open::{Backing, Child, Open, Opening};
@@ -19,14 +21,22 @@ pub struct Qcow2Plan {
     pub backing: Backing,
     /// The external data file; absent: the one that the image names.
     pub data_file: Option<Child>,
-    /// Everything else; `read_only` is set from the node's.
+    /// The method, and the name of the secret.
+    pub encrypt: Option<(Crypt, Option<String>)>,
+    /// Everything else; `encrypt` is set from that, `read_only` is set from the node's.
     pub options: Options,
 }
 
 impl Qcow2Plan {
     /// With default options, on `file`.
     pub fn new(file: Child) -> Qcow2Plan {
-        Qcow2Plan { file, backing: Backing::FromImage, data_file: None, options: Options::default() }
+        Qcow2Plan {
+            file,
+            backing: Backing::FromImage,
+            data_file: None,
+            encrypt: None,
+            options: Options::default(),
+        }
     }
 }
 
@@ -44,6 +54,15 @@ impl Open for Qcow2Plan {
         }
         let says = |e: std::io::Error| Error::new(strerror(&e));
         let header = open::read_header(&node).map_err(says)?;
+        let encrypt = match self.encrypt {
+            Some((method, secret)) => {
+                // What does not fit is told before the secret is looked for.
+                crypt::check(header.crypt, Some(method)).map_err(says)?;
+                let password = secret.as_deref().map(|id| cx.secret(id)).transpose()?;
+                Some(Unlock { method, password, secret })
+            }
+            None => None,
+        };
         let data_file = match (header.needs_data_file(), self.data_file, &header.data_file) {
             (true, Some(child), _) => Some(child),
             (true, None, Some(name)) => Some(cx.named(name)?),
@@ -64,7 +83,7 @@ impl Open for Qcow2Plan {
             };
             Box::new(tell) as OnCorrupt
         });
-        let options = Options { read_only: cx.options.read_only, on_corrupt, ..self.options };
+        let options = Options { read_only: cx.options.read_only, encrypt, on_corrupt, ..self.options };
         Ok(Box::new(open::open(file, backing, data_file, options).map_err(says)?))
     }
 }

@@ -5,6 +5,7 @@
 //! or grows the image. Locks: `meta` for moments.
 
 use super::Qcow2;
+use super::header::Crypt;
 use super::meta::{Meta, write_zeroes};
 use super::types::Entry;
 use crate::block::driver::Flags;
@@ -29,6 +30,11 @@ impl Qcow2 {
             return Ok(());
         }
         let size = range.end;
+        if self.crypt.is_some() && !self.geo.v3 {
+            // What is allocated is data, and only a write makes encrypted zeroes of it.
+            self.write_zeroes_at(range)?;
+            return self.checkpoint(true);
+        }
         let file = self.file()?;
         let data = self.data()?;
         let end = self.geo.clusters(0, size).end;
@@ -96,10 +102,12 @@ impl Meta {
         for i in 0..p.count {
             let host = p.host + (i << self.geo.cluster_bits);
             // Subclusters stay what they are: zeroes, or nothing, so that a backing file shows
-            // through until they are written.
-            let (data, zero) = match self.geo.extended {
-                true => (0, self.entry(file, p.first + i)?.zero),
-                false => (1, 0),
+            // through until they are written. An encrypted disk's clusters are no data either: zeroes
+            // in the file are no zeroes on it.
+            let (data, zero) = match (self.geo.extended, self.header.crypt) {
+                (true, _) => (0, self.entry(file, p.first + i)?.zero),
+                (false, Crypt::None) => (1, 0),
+                (false, _) => (0, 1),
             };
             let entry = Entry { host: Some(host), copied: true, data, zero, compressed: None };
             self.set_entry(file, p.first + i, &entry)?;

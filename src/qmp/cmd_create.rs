@@ -7,6 +7,7 @@ use super::schema::Cx;
 use crate::block::driver::Perm;
 use crate::block::handle::{Handle, HandleSpec};
 use crate::block::open;
+use crate::control::encrypt_options::QCryptoBlockCreateOptions;
 use crate::control::formats::{self, BlockdevDriver, BlockdevRef, Formats};
 use crate::control::new_image::touch;
 use crate::error::{Error, Result, strerror};
@@ -101,6 +102,8 @@ wire_struct! {
         "backing-file" backing_file: Option<String>,
         /// The backing file's format.
         "backing-fmt" backing_fmt: Option<String>,
+        /// How it is encrypted.
+        encrypt: Option<QCryptoBlockCreateOptions>,
         /// Bytes of a cluster (default: 65536).
         "cluster-size" cluster_size: Option<u64>,
         /// Whether its space is made, too (default: off).
@@ -228,6 +231,7 @@ fn new_qcow2(cx: &mut Cx, o: BlockdevCreateOptionsQcow2) -> Result<New> {
         data_file: None,
         data_file_raw: o.data_file_raw.unwrap_or(false),
         preallocation: preallocation(o.preallocation),
+        encrypt: o.encrypt.map(|e| e.resolve(&cx.vm.objects)).transpose()?,
     };
     let file = target(cx, o.file)?;
     let data_file = match o.data_file.map(|d| target(cx, d)).transpose() {

@@ -24,6 +24,7 @@ mod cmd_medium;
 mod cmd_nbd;
 mod cmd_object;
 mod cmd_oob;
+mod cmd_passwd;
 mod cmd_query_block;
 mod cmd_quorum;
 mod cmd_snapshot;
@@ -49,6 +50,7 @@ static TABLES: &[&[schema::Command]] = &[
     cmd_transaction::TRANSACTION,
     cmd_throttle::THROTTLE,
     cmd_object::OBJECT,
+    cmd_passwd::PASSWD,
     cmd_job::JOB,
     cmd_stream::STREAM,
     cmd_commit::COMMIT,

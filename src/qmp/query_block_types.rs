@@ -3,7 +3,10 @@
 //! Owns: names and order of members. Never: where the values come from. Threads: control.
 
 use super::cmd_snapshot::SnapshotInfo;
+use crate::control::encrypt_options::QCryptoCipherAlgo;
 use crate::control::formats::BlockdevDetectZeroesOptions;
+use crate::qapi::Empty;
+use crate::qcow2::crypt::{Hash, IvGen, Mode};
 use crate::{wire_enum, wire_struct, wire_union};
 
 wire_enum! {
@@ -69,6 +72,58 @@ wire_struct! {
 }
 
 wire_struct! {
+    /// A place for a key in a LUKS header.
+    pub struct QCryptoBlockInfoLUKSSlot {
+        /// A password opens it.
+        active: bool,
+        /// Iterations of PBKDF2.
+        iters: Option<i64>,
+        /// Into how many stripes the key is split.
+        stripes: Option<i64>,
+        /// Where its key material is, in bytes.
+        "key-offset" key_offset: i64,
+    }
+}
+
+wire_struct! {
+    /// A LUKS header.
+    pub struct QCryptoBlockInfoLUKS {
+        /// The cipher.
+        "cipher-alg" cipher_alg: QCryptoCipherAlgo,
+        /// How sectors are made of blocks.
+        "cipher-mode" cipher_mode: Mode,
+        /// How sector numbers become initialization vectors.
+        "ivgen-alg" ivgen_alg: IvGen,
+        /// The hash for that.
+        "ivgen-hash-alg" ivgen_hash_alg: Option<Hash>,
+        /// What keys are derived with.
+        "hash-alg" hash_alg: Hash,
+        /// It is in another file: never here.
+        "detached-header" detached_header: bool,
+        /// Bytes of the header.
+        "payload-offset" payload_offset: i64,
+        /// Iterations of PBKDF2 for the key's digest.
+        "master-key-iters" master_key_iters: i64,
+        /// Its name.
+        uuid: String,
+        /// Its eight slots.
+        slots: Vec<QCryptoBlockInfoLUKSSlot>,
+    }
+}
+
+wire_union! {
+    /// How a qcow2 image is encrypted.
+    pub struct ImageInfoSpecificQCow2Encryption {}
+    /// The method.
+    "format" => pub enum ImageInfoSpecificQCow2EncryptionFormat as format {
+        /// The legacy way.
+        "aes" Aes(Empty),
+        /// LUKS1.
+        "luks" Luks(QCryptoBlockInfoLUKS),
+    }
+}
+
+wire_struct! {
     /// Of a qcow2 image.
     pub struct ImageInfoSpecificQCow2 {
         /// The version: 0.10 is 2, 1.1 is 3.
@@ -87,6 +142,8 @@ wire_struct! {
         "refcount-bits" refcount_bits: i64,
         /// The bitmaps that are stored in it.
         bitmaps: Option<Vec<Qcow2BitmapInfo>>,
+        /// How it is encrypted.
+        encrypt: Option<ImageInfoSpecificQCow2Encryption>,
         /// How clusters are compressed.
         "compression-type" compression_type: String,
     }
