@@ -6,7 +6,7 @@
 #[path = "support/qcow2.rs"]
 mod support;
 
-use minivmm::block::driver::{Driver, Flags, Snapshot};
+use minivmm::block::driver::{Flags, Snapshot};
 use minivmm::block::node::{Edge, Node, NodeOptions};
 use minivmm::control::vm::{Settings, Vm};
 use minivmm::qcow2::create::{CreateOptions, Preallocation};
