@@ -398,7 +398,9 @@ impl Jobs {
                 s.hold = Hold::Held;
             }
         });
-        let over = |s: &super::job::State| s.finished.is_some() || s.hold == Hold::None;
+        // It may want the guest again before this thread has seen that it let it go.
+        let over =
+            |s: &super::job::State| s.finished.is_some() || !matches!(s.hold, Hold::Held | Hold::Confirmed);
         if !shared.wait_for(Some(HOLD), |s| over(s) || s.hold == Hold::Confirmed) {
             let mut state = shared.lock();
             if state.hold == Hold::Held {

@@ -535,3 +535,22 @@ fn a_held_guest_waits_until_the_job_has_ended() {
     desk.graph.detach(&own);
     desk.graph.detach(&guest);
 }
+
+#[test]
+fn a_guest_let_go_can_be_held_again_at_once() {
+    let mut desk = Desk::new();
+    let (node, guest) = disk(&mut desk.graph);
+    let own = super::super::job::attach(&mut desk.graph, &node, Perm::CONSISTENT_READ, Perm::ALL).unwrap();
+    let (source, mine) = (node.clone(), own.clone());
+    let works = Script::new(move |cx| {
+        for _ in 0..3000 {
+            assert!(cx.hold_guest(&[source.clone()], &[mine.clone()])?);
+            cx.release_guest();
+        }
+        Ok(())
+    });
+    desk.go(spec("a"), works);
+    desk.until("a COMPLETED ");
+    desk.graph.detach(&own);
+    desk.graph.detach(&guest);
+}
