@@ -10,6 +10,7 @@
 //! is done with the image follows from the input, too.
 
 use super::support::*;
+use minivmm::block::bitmap::Bitmap;
 use minivmm::block::driver::{Driver, Flags, Snapshot};
 use minivmm::block::node::{Edge, Node, NodeOptions};
 use minivmm::qcow2::Qcow2;
@@ -30,6 +31,7 @@ pub enum Area {
     Reftable,
     Refblock,
     Snapshots,
+    Bitmaps,
 }
 
 /// All targets by name.
@@ -40,6 +42,7 @@ pub const TARGETS: &[(&str, fn(&[u8]))] = &[
     ("reftable", reftable),
     ("refblock", refblock),
     ("snapshots", snapshots),
+    ("bitmaps", bitmaps),
 ];
 
 pub fn header(input: &[u8]) {
@@ -59,6 +62,9 @@ pub fn refblock(input: &[u8]) {
 }
 pub fn snapshots(input: &[u8]) {
     run(Area::Snapshots, input);
+}
+pub fn bitmaps(input: &[u8]) {
+    run(Area::Bitmaps, input);
 }
 
 /// The first byte says which target gets the rest.
@@ -107,7 +113,28 @@ impl Base {
                 vec![snapshots..snapshots + 160, first..first + 16]
             }
             Area::Snapshots => vec![56..72],
+            Area::Bitmaps => self.bitmaps(),
         }
+    }
+}
+
+impl Base {
+    /// The extension, the directory, the tables; without bitmaps what could be the extension.
+    fn bitmaps(&self) -> Vec<std::ops::Range<u64>> {
+        let b = &self.bytes;
+        let kind = 0x2385_2875_0000_0018u64.to_be_bytes();
+        let Some(at) = b[..600.min(b.len())].windows(8).position(|w| w == kind) else { return vec![72..200] };
+        let at = at as u64;
+        let (size, offset) = (word(b, at + 16), word(b, at + 24));
+        let mut areas = vec![at..at + 32, offset..offset + size];
+        let mut entry = offset;
+        while entry < offset + size {
+            let (table, count) = (word(b, entry), word(b, entry + 8) >> 32);
+            areas.push(table..table + count * 8);
+            let (name, extra) = (word(b, entry + 16) >> 32 & 0xffff, word(b, entry + 16) & 0xffff_ffff);
+            entry += (24 + name + extra).next_multiple_of(8);
+        }
+        areas
     }
 }
 
@@ -141,7 +168,15 @@ fn base(options: CreateOptions, snapshots: bool, backed: bool) -> Base {
         inside.create_snapshot(snapshot("two")).expect("snapshot");
         write(&image, 3 * cluster, &[0x55; 100]).expect("write");
     }
-    image.close().expect("close");
+    let disk_node = Node::new("disk", Box::new(image), NodeOptions::default());
+    if options.version > 2 && options.cluster_size < 8192 {
+        for (name, granularity) in [("a", 512), ("bb", 65536)] {
+            let bitmap = disk_node.add_bitmap(Some(name), granularity).expect("bitmap");
+            bitmap.set_persistent(true);
+            bitmap.mark(0, 3 * cluster);
+        }
+    }
+    disk_node.driver.close().expect("close");
     Base { bytes: disk.copy(), cluster, backing, data: data.map(|d| d.copy()) }
 }
 
@@ -269,11 +304,36 @@ fn open_patched(base: &Base, disk: &Arc<Disk>, how: u8) -> io::Result<Qcow2> {
     open::open(edge("file", file), Edge::new("backing", backing), data, options)
 }
 
+/// What can be done with bitmaps. They do not change the disk.
+fn mark(image: &Qcow2, rng: &mut Rng) {
+    let (Some(list), Some(stored)) = (image.bitmaps(), image.stored_bitmaps()) else { return };
+    for bitmap in list.all() {
+        match rng.below(6) {
+            0 => {
+                drop(stored.remove_stored(bitmap.name().unwrap_or_default()));
+                list.remove(&bitmap);
+            }
+            1..4 => bitmap.mark(rng.below(image.len().max(1)), 70_000),
+            _ => {}
+        }
+    }
+    let granularity = 512u32 << rng.below(6);
+    if rng.one_in(2) && stored.can_store("new", granularity.into()).is_ok() {
+        if let Ok(bitmap) = Bitmap::new(Some("new"), granularity, image.len()) {
+            bitmap.set_persistent(true);
+            drop(list.push(bitmap));
+        }
+    }
+}
+
 /// Some requests. If all is in order at the beginning, it must be at the end.
 fn play(image: &Qcow2, rng: &mut Rng) {
     let clean = image.check().is_ok_and(|r| r.errors.is_empty());
     let window = |image: &Qcow2| read(image, 0, image.len().min(WINDOW) as usize).ok();
     let mut model = if clean { window(image) } else { None };
+    if rng.one_in(2) {
+        mark(image, rng);
+    }
     for step in 0..10u64 {
         let size = image.len();
         if size == 0 {
@@ -310,7 +370,10 @@ fn play(image: &Qcow2, rng: &mut Rng) {
             12 => drop(image.status(off, len)),
             13 => {
                 let new = (size / 512).saturating_add(rng.below(400)).saturating_sub(rng.below(200)) * 512;
-                match (image.resize(new), &mut model) {
+                let done = image.resize(new);
+                // As the node does, which is not here.
+                image.bitmaps().iter().for_each(|list| list.all().iter().for_each(|b| b.resize(image.len())));
+                match (done, &mut model) {
                     (Ok(()), Some(m)) => m.resize(new.min(WINDOW) as usize, 0),
                     (Err(_), m) => *m = None,
                     _ => {}
