@@ -14,7 +14,8 @@ use minivmm::sys::fdset::FdSets;
 use minivmm::sys::iov::{Iov, IovMut};
 use serde_json::{Value, json};
 use std::io;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 #[path = "support/qcow2.rs"]
@@ -286,28 +287,33 @@ fn an_error_at_any_moment_loses_nothing() {
     }
     let _ = log::set_logger(&Log).map(|()| log::set_max_level(log::LevelFilter::Warn));
     let (seed, until) = seed_and_time(Duration::ZERO);
-    let mut round = 0;
-    let missing: Vec<_> = loop {
-        let mut came = Vec::new();
-        for (n, event) in BlkdebugEvent::ALL.iter().enumerate() {
-            let seed = seed + 1000 * round + n as u64;
+    let came: Mutex<Vec<&str>> = Mutex::default();
+    let next = AtomicUsize::new(0);
+    let some = || {
+        loop {
+            let n = next.fetch_add(1, Ordering::SeqCst);
+            let round = n / BlkdebugEvent::ALL.len();
+            if round > 0 && Instant::now() > until {
+                break;
+            }
+            let event = BlkdebugEvent::ALL[n % BlkdebugEvent::ALL.len()];
             let cases = [(libc::EIO, 1, true), (libc::ENOSPC, 5, true), (libc::EIO, 2, false)];
             let cases = if HAPPEN.contains(&event.as_str()) { &cases[..] } else { &cases[..1] };
             for (i, &(errno, nth, once)) in cases.iter().enumerate() {
-                let seed = seed + i as u64;
                 // None has no second time.
-                let nth = if *event == BlkdebugEvent::None { 1 } else { nth };
-                if run(*event, errno, nth, once, seed) && !came.contains(&event.as_str()) {
-                    came.push(event.as_str());
+                let nth = if event == BlkdebugEvent::None { 1 } else { nth };
+                if run(event, errno, nth, once, seed + 10 * n as u64 + i as u64) {
+                    came.lock().unwrap().push(event.as_str());
                 }
             }
         }
-        eprintln!("round {round}: errors came at {came:?}");
-        round += 1;
-        if Instant::now() > until {
-            break HAPPEN.iter().filter(|e| !came.contains(*e)).collect();
-        }
     };
+    std::thread::scope(|s| {
+        s.spawn(some);
+        s.spawn(some);
+    });
+    let came = came.into_inner().unwrap();
+    let missing: Vec<_> = HAPPEN.iter().filter(|e| !came.contains(*e)).collect();
     assert!(
         missing.is_empty(),
         "no error came at {missing:?}: the moments are gone, or the work is too small"
