@@ -36,7 +36,7 @@ pub mod perm;
 pub mod quorum;
 pub mod raw;
 mod reopen;
-mod serial;
+pub mod serial;
 pub mod snapshot;
 pub mod stats;
 #[cfg(test)]

@@ -25,13 +25,13 @@ struct List {
 
 /// See the module's head.
 #[derive(Default)]
-pub(super) struct Serial {
+pub struct Serial {
     list: Mutex<List>,
     gone: Condvar,
 }
 
 /// A write in flight; dropping it is its end.
-pub(super) struct Turn<'a> {
+pub struct Turn<'a> {
     serial: &'a Serial,
     id: u64,
 }
@@ -39,7 +39,7 @@ pub(super) struct Turn<'a> {
 impl Serial {
     /// Enters a write of `start..end` (in whole blocks), waiting for those it must not overlap.
     /// `alone`: it is a read-modify-write.
-    pub(super) fn enter(&self, start: u64, end: u64, alone: bool) -> Turn<'_> {
+    pub fn enter(&self, start: u64, end: u64, alone: bool) -> Turn<'_> {
         let mut list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
         list.waiting += 1;
         let hit = |e: &Entry| e.start < end && start < e.end && (e.alone || alone);

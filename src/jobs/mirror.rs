@@ -10,14 +10,19 @@
 //! A guest that writes faster than the job copies is held again and again, for a little at a time,
 //! until nothing is left.
 //!
+//! In the mode `write-blocking` ([`mirror_top`]) the guest's writes go to both sides. A piece that the
+//! job copies is then taken, read and written within one turn, so that no write of the guest comes
+//! between; nothing that was copied becomes dirty again, but by a discard or an error.
+//!
 //! Owns: the order of it. Never: makes or names targets. Threads: as [`Work`] says. Locks: none of its
 //! own.
 
 use super::job::{JobCtx, Stop, Work, attach};
 use super::layers::{self, Found};
-use super::mirror_top;
+use super::mirror_top::{self, Active};
 use super::table::Kind;
 use crate::block::bitmap::Bitmap;
+use crate::block::chain::{self, Contents};
 use crate::block::driver::{Flags, Perm};
 use crate::block::graph::Graph;
 use crate::block::handle::{Handle, OnError};
@@ -80,12 +85,58 @@ pub struct Plan {
     pub on_target_error: OnError,
     /// The filter's name.
     pub filter: Option<String>,
+    /// The guest's writes go to both sides at once (`copy-mode=write-blocking`).
+    pub active: bool,
+    /// What becomes the target's backing file when the guest is switched over to it, which it does not
+    /// have before.
+    pub backing: Option<Arc<Node>>,
 }
 
 /// Which side of a copy failed.
 enum Failed {
     Source(io::Error),
     Target(io::Error),
+}
+
+/// How a copy went.
+type Copied = Result<(), Failed>;
+
+/// A side of a copy: a handle, which takes a ticket for each request, or a node, for whoever has one.
+trait Side {
+    fn contents(&self, off: u64, len: u64) -> io::Result<Contents>;
+    fn read(&self, off: u64, to: &mut IovMut) -> io::Result<()>;
+    fn write(&self, off: u64, from: &Iov) -> io::Result<()>;
+    fn zero(&self, off: u64, len: u64, flags: Flags) -> io::Result<()>;
+}
+
+impl Side for Arc<Handle> {
+    fn contents(&self, off: u64, len: u64) -> io::Result<Contents> {
+        Handle::contents(self, off, len)
+    }
+    fn read(&self, off: u64, to: &mut IovMut) -> io::Result<()> {
+        Handle::read(self, off, to)
+    }
+    fn write(&self, off: u64, from: &Iov) -> io::Result<()> {
+        Handle::write(self, off, from, Flags::NONE)
+    }
+    fn zero(&self, off: u64, len: u64, flags: Flags) -> io::Result<()> {
+        Handle::zero(self, off, len, flags)
+    }
+}
+
+impl Side for Node {
+    fn contents(&self, off: u64, len: u64) -> io::Result<Contents> {
+        chain::contents(self, off, len)
+    }
+    fn read(&self, off: u64, to: &mut IovMut) -> io::Result<()> {
+        Node::read(self, off, to)
+    }
+    fn write(&self, off: u64, from: &Iov) -> io::Result<()> {
+        Node::write(self, off, from, Flags::NONE)
+    }
+    fn zero(&self, off: u64, len: u64, flags: Flags) -> io::Result<()> {
+        Node::zero(self, off, len, flags)
+    }
 }
 
 /// The job.
@@ -95,6 +146,8 @@ pub struct Mirror {
     dirty: Arc<Bitmap>,
     src: Option<Arc<Handle>>,
     dst: Option<Arc<Handle>>,
+    /// In the mode `write-blocking`: what the filter shares, and a handle above both sides.
+    active: Option<(Arc<Active>, Arc<Handle>)>,
     buf: Option<AlignedBuf>,
     /// It was told to switch over.
     switch: bool,
@@ -114,6 +167,7 @@ impl Mirror {
             dirty,
             src: None,
             dst: None,
+            active: None,
             buf: None,
             switch: false,
             turn_back,
@@ -133,8 +187,14 @@ impl Mirror {
         if *commit {
             graph.set_read_only(target, false)?;
         }
+        let active = self.plan.active.then(|| Active::new(target));
         let name = self.plan.filter.as_deref();
-        self.filter = Some(mirror_top::insert(graph, source, &self.dirty, name, *commit)?);
+        let options = mirror_top::Options { name, commit: *commit, active: active.clone() };
+        let filter = mirror_top::insert(graph, source, &self.dirty, options)?;
+        self.filter = Some(filter.clone());
+        if let Some(active) = active {
+            self.active = Some((active, attach(graph, &filter, Perm::NONE, Perm::ALL)?));
+        }
         let reads = if *commit { Perm::NONE } else { Perm::CONSISTENT_READ };
         self.src = Some(attach(graph, source, reads, Perm::ALL)?);
         if *commit && target.len() < source.len() {
@@ -142,6 +202,8 @@ impl Mirror {
         }
         let uses = Perm::WRITE | Perm::CONSISTENT_READ;
         let shares = Perm::CONSISTENT_READ | Perm::WRITE_UNCHANGED;
+        // The filter writes there as well.
+        let shares = if self.plan.active { shares | Perm::WRITE } else { shares };
         self.dst = Some(attach(graph, target, uses, shares)?);
         Ok(())
     }
@@ -154,7 +216,7 @@ impl Mirror {
     }
 
     /// Notes what there is to be copied at first.
-    fn begin_dirty(&self, cx: &JobCtx, src: &Handle, dst: &Handle) -> Result<(), Stop> {
+    fn begin_dirty(&self, cx: &JobCtx, src: &Arc<Handle>, dst: &Arc<Handle>) -> Result<(), Stop> {
         let images: Vec<_> = match &self.plan.sync {
             Sync::None => return Ok(()),
             Sync::Top(images) => images.clone(),
@@ -162,6 +224,11 @@ impl Mirror {
         };
         let zeroed = !matches!(self.plan.sync, Sync::Full { zeroed: false });
         let len = self.dirty.len();
+        if !zeroed && !self.plan.target.options().unmap {
+            // Zeroes take as long as data there, perhaps, and count as such.
+            self.dirty.mark(0, len);
+            return Ok(());
+        }
         let mut off = 0;
         while off < len {
             cx.pause_point()?;
@@ -185,7 +252,7 @@ impl Mirror {
     }
 
     /// Makes a range of the target read as zeroes, if it does not.
-    fn zero(&self, dst: &Handle, off: u64, len: u64) -> io::Result<()> {
+    fn zero(&self, dst: &impl Side, off: u64, len: u64) -> io::Result<()> {
         let there = dst.contents(off, len)?;
         if there.zero && there.len >= len {
             return Ok(());
@@ -194,7 +261,7 @@ impl Mirror {
     }
 
     /// Copies a range whose granules were cleared.
-    fn copy(&mut self, src: &Handle, dst: &Handle, range: &Range<u64>) -> Result<(), Failed> {
+    fn copy(&mut self, src: &impl Side, dst: &impl Side, range: &Range<u64>) -> Result<(), Failed> {
         let most = PIECE.min(self.plan.buf_size.max(4096)) as usize;
         let mut buf = self.buf.take().unwrap_or_else(|| AlignedBuf::new(most, 4096));
         let mut at = range.start;
@@ -214,8 +281,8 @@ impl Mirror {
     /// Copies some of `len` bytes at `off`; answers how many.
     fn copy_some(
         &self,
-        src: &Handle,
-        dst: &Handle,
+        src: &impl Side,
+        dst: &impl Side,
         off: u64,
         len: u64,
         buf: &mut AlignedBuf,
@@ -228,31 +295,62 @@ impl Mirror {
         let n = found.len.min(buf.len() as u64);
         let part = &mut buf[..n as usize];
         src.read(off, &mut IovMut::from_slice(part)).map_err(Failed::Source)?;
-        dst.write(off, &Iov::from_slice(part), Flags::NONE).map_err(Failed::Target)?;
+        dst.write(off, &Iov::from_slice(part)).map_err(Failed::Target)?;
         Ok(n)
     }
 
     /// Takes the next dirty range from `from` on, and clears it.
     fn take(&self, from: u64, most: u64) -> Option<Range<u64>> {
-        let range = self.dirty.next_dirty(from, self.dirty.len(), most)?;
+        let range = self.whole(&self.dirty.next_dirty(from, self.dirty.len(), most)?);
         // Before its data are read: a write that comes later marks it again.
+        self.clear(&range);
+        Some(range)
+    }
+
+    /// The granules that a range touches.
+    fn whole(&self, range: &Range<u64>) -> Range<u64> {
         let granule = self.dirty.granularity();
-        let start = range.start & !(granule - 1);
-        let mut at = start;
+        range.start & !(granule - 1)..range.end.next_multiple_of(granule).min(self.dirty.len())
+    }
+
+    fn clear(&self, range: &Range<u64>) {
+        let mut at = range.start;
         while at < range.end {
             self.dirty.take(at);
-            at += granule;
+            at += self.dirty.granularity();
         }
-        // Whole granules were cleared: whole granules are copied.
-        Some(start..range.end.next_multiple_of(granule).min(self.dirty.len()))
+    }
+
+    /// Takes the next dirty range from `from` on, and copies it: the range, and how that went.
+    fn take_and_copy(&mut self, from: u64, most: u64) -> Result<Option<(Range<u64>, Copied)>, Stop> {
+        let (src, dst) = self.sides()?;
+        let Some((active, above)) = self.active.clone() else {
+            let Some(range) = self.take(from, most) else { return Ok(None) };
+            let done = self.copy(&src, &dst, &range);
+            return Ok(Some((range, done)));
+        };
+        let Some(next) = self.dirty.next_dirty(from, self.dirty.len(), most) else { return Ok(None) };
+        let whole = self.whole(&next);
+        let done = above.inside(|filter| {
+            // The ticket first, then the turn.
+            let _turn = active.turns.enter(whole.start, whole.end, true);
+            self.clear(&whole);
+            let (source, target) = (filter.filtered(), active.target()?);
+            let source = source.ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEDIUM))?;
+            let done = self.copy(&*source, &*target, &whole);
+            if done.is_err() {
+                self.dirty.mark(whole.start, whole.end - whole.start);
+            }
+            Ok(done)
+        })?;
+        Ok(Some((whole, done)))
     }
 
     /// Copies what is dirty from `from` on, one piece of it; answers where it ended, `None` when there
     /// was nothing. Errors are dealt with as the policies say.
     fn step(&mut self, cx: &JobCtx, from: u64, most: u64) -> Result<Option<u64>, Stop> {
-        let (src, dst) = self.sides()?;
-        let Some(range) = self.take(from, most) else { return Ok(None) };
-        if let Err(e) = self.copy(&src, &dst, &range) {
+        let Some((range, done)) = self.take_and_copy(from, most)? else { return Ok(None) };
+        if let Err(e) = done {
             self.dirty.mark(range.start, range.end - range.start);
             match e {
                 Failed::Source(e) => cx.on_error(self.plan.on_source_error, &e, true)?,
@@ -270,7 +368,9 @@ impl Mirror {
     fn last_step(&mut self, cx: &JobCtx, most: u64) -> Result<bool, Stop> {
         let (src, dst) = self.sides()?;
         let above = [self.plan.source.clone()];
-        if !cx.hold_guest(&above, &[src, dst.clone()])? {
+        let mut own = vec![src, dst.clone()];
+        own.extend(self.active.iter().map(|(_, h)| h.clone()));
+        if !cx.hold_guest(&above, &own)? {
             return Ok(false);
         }
         let mut done = 0;
@@ -313,6 +413,14 @@ impl Work for Mirror {
         let (mut budget, mut last) = (LITTLE, u64::MAX);
         loop {
             cx.pause_point()?;
+            if let Some((active, _)) = &self.active {
+                let failed = active.take_error();
+                self.synced.store(failed.is_none() && self.dirty.count() == 0, Ordering::SeqCst);
+                if let Some(e) = failed {
+                    cx.on_error(self.plan.on_target_error, &e, false)?;
+                    continue;
+                }
+            }
             if self.is_close(rounds) {
                 if !ready {
                     if let Err(e) = dst.flush() {
@@ -374,9 +482,20 @@ impl Work for Mirror {
         // The target's new users do with it what they like; it stays open till they have it.
         graph.detach(&src);
         self.src = None;
+        if let Some((active, above)) = self.active.take() {
+            active.stop();
+            graph.detach(&above);
+        }
         graph.set_perm(&dst, Perm::NONE, Perm::ALL)?;
         let longer = target.len() != from.len();
-        let done = graph.edit(&quiesced, |edit| edit.replace(&from, &target, None));
+        let backing = self.plan.backing.clone().zip(layers::backing_edge(&target));
+        let done = graph.edit(&quiesced, |edit| {
+            edit.replace(&from, &target, None)?;
+            match &backing {
+                Some((below, edge)) => edit.set(edge, Some(below.clone())),
+                None => Ok(()),
+            }
+        });
         drop(quiesced);
         done?;
         if longer {
@@ -387,7 +506,21 @@ impl Work for Mirror {
         Ok(())
     }
 
+    fn commit(&mut self, graph: &mut Graph) {
+        // What is a backing file now is not written any more.
+        if self.switch
+            && let Some(below) = &self.plan.backing
+            && let Err(e) = graph.set_read_only(below, true)
+        {
+            log::warn!("node '{}' stays writable: {e}", below.name);
+        }
+    }
+
     fn clean(&mut self, graph: &mut Graph) {
+        if let Some((active, above)) = self.active.take() {
+            active.stop();
+            graph.detach(&above);
+        }
         for handle in [self.src.take(), self.dst.take()].into_iter().flatten() {
             graph.detach(&handle);
         }

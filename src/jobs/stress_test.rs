@@ -168,6 +168,8 @@ impl Desk {
             target: chain[base].clone(),
             sync: mirror::Sync::Top(chain[..base].to_vec()),
             commit: true,
+            active: false,
+            backing: None,
             granularity: [4096, 65536][self.rng.below(2) as usize],
             buf_size: 1 << 20,
             unmap: true,

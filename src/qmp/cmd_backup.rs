@@ -6,7 +6,8 @@
 use super::cmd_blockdev::find_node;
 use super::cmd_query_block::file_name;
 use super::cmd_snapshot::{NewImageMode, Plan, planned, run};
-use super::job_types::{BitmapSyncMode, BlockdevOnError, MirrorSyncMode, job_id};
+use super::job_options::drive_of;
+use super::job_types::{BitmapSyncMode, BlockdevOnError, MirrorSyncMode};
 use super::schema::Cx;
 use crate::block::bitmap::Refuse;
 use crate::block::graph::Graph;
@@ -161,7 +162,7 @@ fn push(
     target: Arc<Node>,
 ) -> Result<()> {
     bitmap_rules(&args)?;
-    let id = job_id(cx, args.job_id.clone(), &source)?;
+    let id = args.job_id.clone().unwrap_or_else(|| drive_of(cx, &source));
     cx.vm.check_idle(&source)?;
     if !Arc::ptr_eq(&source, &target) {
         cx.vm.check_idle(&target)?;

@@ -140,6 +140,8 @@ fn block_commit(cx: &mut Cx, args: BlockCommit) -> Result<()> {
                 target: base.clone(),
                 sync: mirror::Sync::Top(from),
                 commit: true,
+                active: false,
+                backing: None,
                 buf_size: 1 << 20,
                 unmap: true,
                 replaces: None,

@@ -44,7 +44,7 @@ pub(super) fn spec(cx: &Cx, kind: Kind, o: &JobOptions, node: &Arc<Node>) -> Spe
 }
 
 /// The name of the drive whose node this is, or "".
-fn drive_of(cx: &Cx, node: &Arc<Node>) -> String {
+pub(super) fn drive_of(cx: &Cx, node: &Arc<Node>) -> String {
     let is_it = |n: Arc<Node>| Arc::ptr_eq(&n.skip_implicit(), &node.clone().skip_implicit());
     let found = cx.vm.drives.iter().find(|d| !d.name().is_empty() && d.handle.node().is_some_and(is_it));
     found.map(|d| d.name().to_string()).unwrap_or_default()

@@ -1,13 +1,9 @@
 //! What the commands that start jobs have in common.
 //!
-//! Owns: words, and the rules for a job's name. Never: a job. Threads: control. Locks: none.
+//! Owns: words. Never: a job. Threads: control. Locks: none.
 
-use super::schema::Cx;
 use crate::block::handle::OnError;
-use crate::block::node::Node;
-use crate::error::{Error, Result};
 use crate::{wire_enum, wire_struct};
-use std::sync::Arc;
 
 wire_enum! {
     /// What a job does about a failed request.
@@ -83,16 +79,4 @@ wire_struct! {
         /// When they are done.
         "completion-mode" completion_mode: Option<ActionCompletionMode>,
     }
-}
-
-/// The name of a job on `node`: the one that was asked for, or the drive's.
-pub(super) fn job_id(cx: &Cx, id: Option<String>, node: &Arc<Node>) -> Result<String> {
-    if let Some(id) = id {
-        return Ok(id);
-    }
-    let name = cx.vm.disk_name(node);
-    if cx.vm.drives.find(&name).is_none() {
-        return Err(Error::new("An explicit job ID is required for this node"));
-    }
-    Ok(name)
 }

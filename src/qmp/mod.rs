@@ -21,6 +21,7 @@ mod cmd_hmp;
 mod cmd_job;
 mod cmd_machine;
 mod cmd_medium;
+mod cmd_mirror;
 mod cmd_nbd;
 mod cmd_object;
 mod cmd_oob;
@@ -57,6 +58,7 @@ static TABLES: &[&[schema::Command]] = &[
     cmd_create::CREATE,
     cmd_nbd::NBD,
     cmd_backup::BACKUP,
+    cmd_mirror::MIRROR,
     cmd_medium::MEDIUM,
     cmd_device::DEVICE,
 ];

@@ -31,6 +31,13 @@ impl AlignedBuf {
             None => handle_alloc_error(layout),
         }
     }
+
+    /// What `from` holds now, whatever becomes of its memory: for two uses that must see the same.
+    pub fn copy(from: &super::iov::Iov) -> AlignedBuf {
+        let mut buf = AlignedBuf::new(from.len(), 4096);
+        from.copy_to(0, &mut buf[..from.len()]);
+        buf
+    }
 }
 
 impl Deref for AlignedBuf {
