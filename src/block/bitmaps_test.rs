@@ -101,16 +101,27 @@ fn a_successor_stands_in() {
     assert_eq!((b.count(), b.enabled()), (0, false));
 }
 
-/// Writers write versions; a copier takes granules and copies them. When all is quiet and the last
-/// granules are copied, the copy is the disk.
+/// Writers write, each place a few times; a copier takes granules and copies them. When all is quiet and the
+/// last granules are copied, the copy is the disk.
 #[test]
 fn no_write_is_lost_to_a_copier() {
+    let seconds: u64 = std::env::var("SOAK").ok().and_then(|s| s.parse().ok()).unwrap_or(1);
+    let end = std::time::Instant::now() + std::time::Duration::from_secs(seconds);
+    let mut seed = 1;
+    while std::time::Instant::now() < end {
+        copier(seed);
+        seed += 1;
+    }
+}
+
+fn copier(seed: u64) {
     const GRANULE: u64 = 512;
-    const GRANULES: u64 = 97;
-    let (source, target) = (node((GRANULE * GRANULES) as usize), node((GRANULE * GRANULES) as usize));
+    const PLACE: u64 = 40 * GRANULE;
+    const PLACES: u64 = 64;
+    const WRITERS: u64 = 3;
+    let len = (PLACE * PLACES) as usize;
+    let (source, target) = (node(len), node(len));
     let b = source.add_bitmap(None, GRANULE as u32).unwrap();
-    let stop = AtomicBool::new(false);
-    let copied = AtomicUsize::new(0);
     let copy = || {
         let mut at = 0;
         while let Some(run) = b.next_dirty(at, u64::MAX, GRANULE) {
@@ -119,37 +130,35 @@ fn no_write_is_lost_to_a_copier() {
                 let mut data = vec![0; (run.end - run.start) as usize];
                 source.read(run.start, &mut IovMut::from_slice(&mut data)).unwrap();
                 write(&target, run.start, &data);
-                copied.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
             }
         }
     };
+    let running = AtomicUsize::new(WRITERS as usize);
     std::thread::scope(|s| {
-        for n in 0..3u64 {
-            let source = &source;
-            let stop = &stop;
+        for n in 0..WRITERS {
+            let (source, running) = (&source, &running);
             s.spawn(move || {
-                let mut rng = Rng(n + 1);
-                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
-                    let off = rng.below(GRANULE * GRANULES - 700);
-                    write(source, off, &vec![rng.draw() as u8; 1 + rng.below(700) as usize]);
+                let mut rng = Rng(seed * WRITERS + n + 1);
+                for place in (0..PLACES).filter(|p| p % WRITERS == n) {
+                    let off = place * PLACE + rng.below(PLACE / 2);
+                    let len = 1 + rng.below(PLACE / 2) as usize;
+                    (0..4).for_each(|_| write(source, off, &vec![1 | rng.draw() as u8; len]));
                 }
+                running.fetch_sub(1, std::sync::atomic::Ordering::SeqCst);
             });
         }
-        let end = std::time::Instant::now() + std::time::Duration::from_millis(400);
-        while std::time::Instant::now() < end {
+        while running.load(std::sync::atomic::Ordering::SeqCst) > 0 {
             copy();
         }
-        stop.store(true, std::sync::atomic::Ordering::Relaxed);
     });
     copy();
     let all = |n: &Arc<Node>| {
-        let mut data = vec![0; (GRANULE * GRANULES) as usize];
+        let mut data = vec![0; len];
         n.read(0, &mut IovMut::from_slice(&mut data)).unwrap();
         data
     };
-    assert!(all(&source) == all(&target));
+    assert!(all(&source) == all(&target), "seed {seed}");
     assert_eq!(b.count(), 0);
-    assert!(copied.into_inner() > GRANULES as usize);
 }
 
 /// Each write is in the bitmap or in what a job took, whenever successors come and go.
