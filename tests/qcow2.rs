@@ -6,6 +6,7 @@
 #[path = "support/qcow2.rs"]
 mod support;
 
+use minivmm::block::bitmap::Bitmap;
 use minivmm::block::driver::{Driver, Flags, Snapshot};
 use minivmm::block::node::{Node, NodeOptions};
 use minivmm::qcow2::create::{CreateOptions, Preallocation};
@@ -38,6 +39,77 @@ fn outside(rng: &mut Rng, o: &mut CreateOptions, backed: bool) {
     if o.version == 3 && rng.one_in(6) {
         o.data_file = Some("data".into());
         o.data_file_raw = !backed && rng.one_in(2);
+    }
+}
+
+/// What a bitmap ought to have.
+struct Track {
+    name: String,
+    granularity: u64,
+    enabled: bool,
+    dirty: Vec<bool>,
+}
+
+impl Track {
+    fn fill(&mut self, off: u64, len: u64, to: bool, size: u64) {
+        for (n, flag) in (0..).zip(&mut self.dirty) {
+            let at = n * self.granularity;
+            let touched = off < size && at < off + len && off < at + self.granularity;
+            *flag = if touched { to } else { *flag };
+        }
+    }
+
+    /// Finds its bitmap in the image, with just that in it.
+    fn check(&self, image: &dyn Driver, size: u64, say: &str) {
+        let b =
+            image.bitmaps().unwrap().find(&self.name).unwrap_or_else(|| panic!("{say}: no {}", self.name));
+        assert!(!b.inconsistent() && b.persistent() && b.len() == size, "{say}: {}", self.name);
+        assert_eq!((b.enabled(), b.granularity()), (self.enabled, self.granularity), "{say}");
+        let got: Vec<bool> = (0..self.dirty.len() as u64).map(|n| b.is_dirty(n * self.granularity)).collect();
+        assert_eq!(got, self.dirty, "{say}: {}", self.name);
+    }
+}
+
+/// Some change of the bitmaps.
+fn bitmap_step(image: &dyn Driver, tracks: &mut Vec<Track>, size: u64, rng: &mut Rng, step: u64, say: &str) {
+    let (list, stored) = (image.bitmaps().unwrap(), image.stored_bitmaps().unwrap());
+    let which = rng.below(tracks.len().max(1) as u64) as usize;
+    match rng.below(6) {
+        0 | 1 if tracks.len() < 4 => {
+            let name = format!("bitmap{step}{}", "x".repeat(rng.below(30) as usize));
+            let granularity = 512u64 << rng.below(8);
+            if let Err(e) = stored.can_store(&name, granularity) {
+                // Version 2 keeps none, and a header can be full.
+                return assert!(
+                    e.to_string().contains("v2 files") || e.to_string().contains("no room"),
+                    "{say}: {e}"
+                );
+            }
+            let bitmap = Bitmap::new(Some(&name), granularity as u32, size).unwrap();
+            bitmap.set_persistent(true);
+            let enabled = rng.one_in(2);
+            bitmap.set_enabled(enabled);
+            list.push(bitmap).unwrap();
+            let dirty = vec![false; size.div_ceil(granularity) as usize];
+            tracks.push(Track { name, granularity, enabled, dirty });
+        }
+        2 if !tracks.is_empty() => {
+            let t = tracks.remove(which);
+            stored.remove_stored(&t.name).unwrap_or_else(|e| panic!("{say}: remove: {e}"));
+            list.remove(&list.find(&t.name).unwrap());
+        }
+        _ if !tracks.is_empty() => {
+            let (t, off, len) = (&mut tracks[which], rng.below(size + 1), 1 + rng.below(size / 3 + 2));
+            let bitmap = list.find(&t.name).unwrap();
+            let on = !rng.one_in(3);
+            if on {
+                bitmap.mark(off, len)
+            } else {
+                bitmap.clear(off, len)
+            }
+            t.fill(off, len, on, size);
+        }
+        _ => {}
     }
 }
 
@@ -82,6 +154,7 @@ fn round(seed: u64, steps: u64, qemu: bool, bug: Option<Mutant>) {
     };
     let mut image = open(&mut rng);
     let mut snapshots: Vec<(String, Vec<u8>)> = Vec::new();
+    let mut tracks: Vec<Track> = Vec::new();
     for step in 0..steps {
         let size = model.len() as u64;
         let most = size.min(if rng.one_in(8) { 1 << 20 } else { 3 * o.cluster_size.max(4096) });
@@ -92,7 +165,8 @@ fn round(seed: u64, steps: u64, qemu: bool, bug: Option<Mutant>) {
             len = (1 + rng.below(most)).min(size - off) as usize;
         }
         let part = off as usize..off as usize + len;
-        match rng.below(24) {
+        match rng.below(26) {
+            24 | 25 => bitmap_step(&image, &mut tracks, size, &mut rng, step, &say("bitmaps")),
             22 | 23 if len > 0 => {
                 // Whole clusters, or up to the end.
                 let start = off / o.cluster_size * o.cluster_size;
@@ -129,6 +203,9 @@ fn round(seed: u64, steps: u64, qemu: bool, bug: Option<Mutant>) {
                         let (name, old) = &snapshots[n];
                         match inside.apply_snapshot(None, Some(name)) {
                             Ok(()) => model.clone_from(old),
+                            Err(e) if e.kind() == std::io::ErrorKind::ResourceBusy => {
+                                assert!(!tracks.is_empty(), "{}: {e}", say("apply"));
+                            }
                             Err(e) => assert!(narrow(&e), "{}: {e}", say("apply")),
                         }
                     }
@@ -179,17 +256,27 @@ fn round(seed: u64, steps: u64, qemu: bool, bug: Option<Mutant>) {
             16 => image.flush().unwrap_or_else(|e| panic!("{}: {e}", say("flush"))),
             // Of images of version 2 only those without snapshots can be resized.
             17 if rng.one_in(4) && (o.version > 2 || snapshots.is_empty()) => {
-                let new = (size / 512 + 1 + rng.below(300)) / (1 + rng.below(3)) * 512;
+                let mut new = (size / 512 + 1 + rng.below(300)) / (1 + rng.below(3)) * 512;
+                if !tracks.is_empty() {
+                    // A bitmap of nothing is not stored.
+                    new = new.max(512);
+                }
                 let how =
                     [Preallocation::Off, Preallocation::Metadata, Preallocation::Falloc, Preallocation::Full];
                 let how = if new > size { how[rng.below(4) as usize] } else { how[0] };
                 image.resize_with(new, how).unwrap_or_else(|e| panic!("{}: {e}", say("resize")));
                 model.resize(new as usize, 0);
+                for t in &mut tracks {
+                    // As the node in front does.
+                    image.bitmaps().unwrap().find(&t.name).unwrap().resize(new);
+                    t.dirty.resize(new.div_ceil(t.granularity) as usize, false);
+                }
             }
             18 if rng.one_in(4) => {
                 image.close().unwrap_or_else(|e| panic!("{}: {e}", say("close")));
                 drop(image);
                 image = open(&mut rng);
+                tracks.iter().for_each(|t| t.check(&image, size, &say("reopen")));
             }
             19 if rng.one_in(4) => {
                 image.flush().unwrap_or_else(|e| panic!("{}: {e}", say("flush")));
@@ -202,6 +289,7 @@ fn round(seed: u64, steps: u64, qemu: bool, bug: Option<Mutant>) {
     let got = read(&image, 0, model.len()).unwrap_or_else(|e| panic!("{}: {e}", say("read")));
     assert!(got == model, "{}", say("the end"));
     image.close().unwrap_or_else(|e| panic!("{}: {e}", say("close")));
+    tracks.iter().for_each(|t| t.check(&image, model.len() as u64, &say("the end")));
     let report = image.check().unwrap_or_else(|e| panic!("{}: {e}", say("check")));
     assert!(report.errors.is_empty() && report.leaks == 0, "{}: {report:?}", say("check"));
     if let Some(data) = &data
@@ -222,6 +310,27 @@ fn round(seed: u64, steps: u64, qemu: bool, bug: Option<Mutant>) {
             );
         }
         assert!(qemu_read(&dir, &path) == model, "{}", say("qemu-img reads something else"));
+        let name = path.to_str().unwrap();
+        for t in &tracks {
+            // QEMU's copy of it, read by us.
+            let g = t.granularity.to_string();
+            support::qemu("qemu-img", &["bitmap", "--add", "-g", &g, "--merge", &t.name, name, "copy"]);
+            let image =
+                open_image(&Disk::new(std::fs::read(&path).unwrap()), None, Options::default()).unwrap();
+            let copy = Track {
+                name: "copy".into(),
+                granularity: t.granularity,
+                enabled: true,
+                dirty: t.dirty.clone(),
+            };
+            copy.check(&image, model.len() as u64, &say("qemu-img bitmap --merge"));
+            support::qemu("qemu-img", &["bitmap", "--remove", name, "copy"]);
+        }
+        if !tracks.is_empty() {
+            qemu_check(&path, false);
+        }
+        // It goes to no snapshot else.
+        tracks.iter().for_each(|t| _ = support::qemu("qemu-img", &["bitmap", "--remove", name, &t.name]));
         for (name, old) in &snapshots {
             let (code, text) = tool("qemu-img", &["snapshot", "-a", name, path.to_str().unwrap()]);
             if code != 0 && o.refcount_bits <= 4 {

@@ -211,3 +211,115 @@ fn no_write_falls_between_two_bitmaps_of_a_transaction() {
         assert_eq!(in_one, 1, "sector {n} of {next}");
     }
 }
+
+/// A drive `d0` on `o`, a new qcow2 image on top of a raw disk.
+fn qcow2_drive(q: &mut Qmp, dir: &Scratch) -> String {
+    drives(q, dir, 1);
+    let path = dir.path("o.qcow2");
+    q.ok("blockdev-snapshot-sync", json!({"device": "d0", "snapshot-file": path, "snapshot-node-name": "o"}));
+    path
+}
+
+fn quit(mut q: Qmp) {
+    q.vm.drives.clear();
+    q.vm.graph.close_all();
+}
+
+/// A second start with that image.
+fn again(path: &str) -> Qmp {
+    let mut q = Qmp::new();
+    let args = json!({"id": "d0", "if": "none", "file": path, "format": "qcow2", "node-name": "o"});
+    q.vm.add_drive(args.as_object().unwrap().clone()).unwrap();
+    q
+}
+
+#[test]
+fn persistent_ones_survive_quit_and_not_a_crash() {
+    let dir = Scratch::new("cmd-bitmap-stored");
+    let mut q = Qmp::new();
+    let path = qcow2_drive(&mut q, &dir);
+    q.ok(
+        "block-dirty-bitmap-add",
+        json!({"node": "d0", "name": "a", "persistent": true, "granularity": 4096}),
+    );
+    q.ok("block-dirty-bitmap-add", json!({"node": "o", "name": "b", "persistent": true, "disabled": true}));
+    q.ok("block-dirty-bitmap-add", json!({"node": "o", "name": "c"}));
+    say(&mut q, "qemu-io d0 \"write -q 8192 512\"");
+    quit(q);
+    let mut q = again(&path);
+    assert_eq!(shown(&mut q, 0), json!([["b", 0, false], ["a", 4096, true]]));
+    let list = q.ok("query-block", json!({}));
+    let inside = &list[0]["inserted"]["image"]["format-specific"]["data"]["bitmaps"];
+    assert_eq!(
+        *inside,
+        json!([{"name": "a", "granularity": 4096, "flags": ["in-use", "auto"]},
+               {"name": "b", "granularity": 65536, "flags": ["in-use"]}])
+    );
+    say(&mut q, "qemu-io d0 \"write -q 0 512\"");
+    q.ok("block-dirty-bitmap-remove", json!({"node": "o", "name": "b"}));
+    quit(q);
+    let mut q = again(&path);
+    assert_eq!(shown(&mut q, 0), json!([["a", 8192, true]]));
+    say(&mut q, "qemu-io d0 \"write -q 65536 512\"");
+    // What a crash leaves.
+    std::fs::copy(&path, dir.path("crashed")).unwrap();
+    quit(q);
+    let mut q = again(&dir.path("crashed"));
+    let list = q.ok("query-block", json!({}))[0]["inserted"]["dirty-bitmaps"].clone();
+    assert_eq!(
+        list,
+        json!([{"name": "a", "count": 0, "granularity": 4096, "recording": false, "busy": false,
+                "persistent": true, "inconsistent": true}])
+    );
+    for what in ["clear", "enable", "disable"] {
+        let e = q.err(&format!("block-dirty-bitmap-{what}"), json!({"node": "o", "name": "a"}));
+        assert_eq!(e, "Bitmap 'a' is inconsistent and cannot be used");
+    }
+    let e = q.err("block-dirty-bitmap-add", json!({"node": "o", "name": "a", "persistent": true}));
+    assert_eq!(e, "Bitmap already exists: a");
+    let e = q.err("block_resize", json!({"device": "d0", "size": 2 << 20}));
+    assert_eq!(e, "Bitmap 'a' is inconsistent and cannot be used");
+    q.ok("block-dirty-bitmap-remove", json!({"node": "o", "name": "a"}));
+    q.ok("block_resize", json!({"device": "d0", "size": 2 << 20}));
+    let large = json!({"node": "o", "name": "a", "persistent": true, "granularity": 512});
+    q.ok("block-dirty-bitmap-add", large);
+    quit(q);
+    if let Some(tool) = crate::block::testing::qemu("qemu-img") {
+        for name in [path, dir.path("crashed")] {
+            let done = std::process::Command::new(&tool).args(["check", &name]).output().unwrap();
+            assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stdout));
+        }
+    }
+}
+
+#[test]
+fn below_a_snapshot_they_are_read_only() {
+    let dir = Scratch::new("cmd-bitmap-below");
+    let mut q = Qmp::new();
+    let path = qcow2_drive(&mut q, &dir);
+    q.ok("block-dirty-bitmap-add", json!({"node": "o", "name": "a", "persistent": true}));
+    say(&mut q, "qemu-io d0 \"write -q 0 512\"");
+    let over = json!({"device": "d0", "snapshot-file": dir.path("p.qcow2"), "snapshot-node-name": "p"});
+    q.ok("blockdev-snapshot-sync", over);
+    for what in ["clear", "remove"] {
+        let e = q.err(&format!("block-dirty-bitmap-{what}"), json!({"node": "o", "name": "a"}));
+        assert_eq!(e, "Bitmap 'a' is readonly and cannot be modified");
+    }
+    say(&mut q, "qemu-io d0 \"write -q 65536 512\"");
+    // Stored already: a crash does it no harm.
+    std::fs::copy(&path, dir.path("crashed")).unwrap();
+    let mut other = again(&dir.path("crashed"));
+    assert_eq!(shown(&mut other, 0), json!([["a", 65536, true]]));
+    // It is merged into one on top.
+    q.ok("block-dirty-bitmap-add", json!({"node": "d0", "name": "t"}));
+    q.ok(
+        "block-dirty-bitmap-merge",
+        json!({"node": "d0", "target": "t", "bitmaps": [{"node": "o", "name": "a"}]}),
+    );
+    assert_eq!(shown(&mut q, 0), json!([["t", 65536, true]]));
+    // For a moment writable: its bitmaps are in use, and stored again.
+    q.ok("change-backing-file", json!({"device": "d0", "image-node-name": "o", "backing-file": "other.raw"}));
+    let node = q.vm.graph.find("o").unwrap().clone();
+    assert!(node.read_only() && node.find_bitmap("a").is_some_and(|a| a.read_only() && a.count() == 65536));
+    quit(q);
+}
