@@ -230,6 +230,37 @@ fn after_a_crash_they_are_inconsistent() {
     }
 }
 
+/// Refcounts are rebuilt with the bitmaps' clusters in use, and a bitmap that was stored is good: the
+/// dirty bit says nothing of bitmaps.
+#[test]
+fn they_survive_a_repair() {
+    let o =
+        CreateOptions { size: 4 << 20, cluster_size: 4096, lazy_refcounts: true, ..CreateOptions::default() };
+    let disk = fresh(&o);
+    let node = guest(&disk, Options::default());
+    put(&node, 0, &[1; 300_000]);
+    persistent(&node, "a", 512).mark(5000, 5000);
+    persistent(&node, "b", 512).mark(0, u64::MAX);
+    node.driver.close().unwrap();
+    let (mut bytes, clean) = (disk.copy(), disk.copy());
+    bytes[79] |= 1;
+    // The refcounts are gone.
+    let word = |at: usize| u64::from_be_bytes(clean[at..at + 8].try_into().unwrap()) as usize;
+    let block = word(word(48));
+    bytes[block + 100..block + 4096].fill(0);
+    let disk = Disk::new(bytes);
+    let image = open_image(&disk, None, Options::default()).unwrap();
+    let report = image.check().unwrap();
+    assert_eq!((report.errors.len(), report.leaks), (0, 0), "{report:?}");
+    let list = image.bitmaps().unwrap();
+    assert_eq!(runs(&list.find("a").unwrap()), [(4608, 10240)]);
+    assert_eq!(runs(&list.find("b").unwrap()), [(0, 4 << 20)]);
+    write(&image, 1 << 20, &[2; 300_000]).unwrap();
+    image.close().unwrap();
+    let report = image.check().unwrap();
+    assert_eq!((report.errors.len(), report.leaks), (0, 0), "{report:?}");
+}
+
 /// A program that knows no bitmaps has written: they are gone at the first writable open, and the
 /// next ones are as good as any.
 #[test]
