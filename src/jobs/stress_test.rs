@@ -40,7 +40,8 @@ fn seconds() -> u64 {
 }
 
 fn name_of(node: &Node) -> String {
-    node.driver.filename()
+    let file = node.driver.edges().into_iter().find(|e| e.role == "file").and_then(|e| e.node());
+    file.map(|f| f.driver.filename()).unwrap_or_default()
 }
 
 /// The control thread's things.

@@ -15,6 +15,7 @@ use crate::block::node::Node;
 use crate::sys::iov::Iov;
 use std::io;
 use std::ops::Range;
+use std::sync::atomic::Ordering;
 
 /// What there is to do at a place.
 enum Step {
@@ -28,7 +29,7 @@ enum Step {
 
 impl Meta {
     /// The next step of bringing up `range`.
-    fn bring_up(&mut self, file: &Node, range: &Range<u64>, zero: bool) -> io::Result<Step> {
+    fn bring_up(&mut self, file: &Node, range: &Range<u64>, size: u64, zero: bool) -> io::Result<Step> {
         let geo = self.geo;
         let c = geo.cluster(range.start);
         if self.is_in_flight(&(c..c + 1)) {
@@ -49,11 +50,20 @@ impl Meta {
         while c + count < end && self.entry(file, c + count)?.is_unallocated() {
             count += 1;
         }
-        if zero && geo.v3 && !geo.external {
-            for c in c..c + count {
+        // Of what lies around the range nobody said that it is zeroes.
+        let whole = match range.end {
+            end if end >= size => c + count,
+            end => (c + count).min(end >> geo.cluster_bits),
+        };
+        let begins = range.start == c << geo.cluster_bits;
+        if zero && geo.v3 && !geo.external && begins && whole > c {
+            for c in c..whole {
                 self.set_entry(file, c, &Entry { zero: geo.all_units(), ..Entry::default() })?;
             }
-            return Ok(Step::Skip((c + count) << geo.cluster_bits));
+            return Ok(Step::Skip(whole << geo.cluster_bits));
+        }
+        if zero {
+            count = 1;
         }
         let (host, fresh) = if geo.external {
             (c << geo.cluster_bits, false)
@@ -106,6 +116,7 @@ impl Qcow2 {
     /// `zero`: the backing file reads as zeroes there, and does not change.
     pub(super) fn populate_at(&self, off: u64, len: u64, zero: bool) -> io::Result<()> {
         let (mut pos, end) = (off, off + len);
+        let size = self.size.load(Ordering::SeqCst);
         while pos < end {
             let mut meta = self.lock();
             while meta.exclusive {
@@ -119,7 +130,7 @@ impl Qcow2 {
                 self.checkpoint(false)?;
                 continue;
             }
-            let step = self.file().and_then(|file| meta.bring_up(&file, &(pos..end), zero));
+            let step = self.file().and_then(|file| meta.bring_up(&file, &(pos..end), size, zero));
             match step {
                 Ok(Step::Wait) => drop(self.wait(meta)),
                 Ok(Step::Skip(to)) => pos = to,

@@ -99,6 +99,19 @@ fn zeroes_come_up_as_zeroes() {
 }
 
 #[test]
+fn zeroes_that_end_within_a_cluster_leave_the_rest_of_it_alone() {
+    let backing = memory(SIZE);
+    backing.write(0, &Iov::from_slice(&vec![9; SIZE as usize]), Flags::NONE).unwrap();
+    backing.write(4096 + 1024, &Iov::from_slice(&vec![0; 3 * 4096]), Flags::NONE).unwrap();
+    let node = image(options(false), &backing);
+    let before = read(&node, 0, SIZE);
+    node.populate(4096 + 1024, 3 * 4096, true).unwrap();
+    assert!(read(&node, 0, SIZE) == before);
+    assert_eq!(node.status(8192, 4096).unwrap().kind, ExtentKind::Zero);
+    assert_eq!(unallocated(&node), SIZE - 4 * 4096);
+}
+
+#[test]
 fn a_writing_guest_is_not_overwritten() {
     for extended in [false, true] {
         let seed = 0x9_0b1e + u64::from(extended);
