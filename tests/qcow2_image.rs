@@ -72,6 +72,175 @@ fn caches_stay_within_their_sizes() {
     assert!(image.check().unwrap().errors.is_empty());
 }
 
+/// An image of 8 TiB with an L2 cache of 1 MiB, which holds the tables of 8 GiB: small writes all over
+/// it, several to a cluster, overwritten, zeroed and discarded.
+#[test]
+fn a_small_cache_serves_a_large_disk() {
+    let (seed, until) = seed_and_time(std::time::Duration::from_secs(3));
+    let mut n = 0;
+    while n < 1 || std::time::Instant::now() < until {
+        let mut rng = Rng::new(seed + n);
+        let cluster = [512, 4096, 65536][rng.below(3) as usize];
+        // 512-byte clusters reach 128 GiB at most (L1 of 32 MiB).
+        let size: u64 = if cluster == 512 { 128 << 30 } else { 8 << 40 };
+        let options = CreateOptions { size, cluster_size: cluster, ..base() };
+        let say = format!("SEED={} {options:?}", seed + n);
+        let disk = fresh(&options);
+        let sizes = Options { l2_cache_size: Some(1 << 20), ..Options::default() };
+        let image = open_image(&disk, None, sizes).expect("open");
+        let mut model: std::collections::BTreeMap<u64, u8> = Default::default();
+        let mut sectors: Vec<u64> = (0..600).map(|_| rng.below(size / 512)).collect();
+        for i in 0..3000u64 {
+            let near = rng.below(sectors.len() as u64) as usize;
+            let s = match rng.below(4) {
+                0 if cluster * sectors.len() as u64 <= 256 << 20 => {
+                    sectors.push(rng.below(size / 512));
+                    sectors[sectors.len() - 1]
+                }
+                1 => (sectors[near] + rng.below(8)).min(size / 512 - 1),
+                _ => sectors[near],
+            };
+            let whole = s * 512 / cluster * cluster;
+            match rng.below(10) {
+                0 => {
+                    image.zero(s * 512, 512, Flags::MAY_UNMAP).expect("zero");
+                    model.insert(s, 0);
+                }
+                1 => {
+                    image.discard(whole, cluster.min(size - whole)).expect("discard");
+                    let gone: Vec<u64> =
+                        model.range(whole / 512..(whole + cluster) / 512).map(|(s, _)| *s).collect();
+                    gone.iter().for_each(|s| _ = model.insert(*s, 0));
+                }
+                2..5 => {
+                    let got = read(&image, s * 512, 512).expect("read");
+                    let want = model.get(&s).copied().unwrap_or(0);
+                    assert!(got.iter().all(|b| *b == want), "{say}: sector {s}");
+                }
+                _ => {
+                    write(&image, s * 512, &[i as u8 | 1; 512]).expect("write");
+                    model.insert(s, i as u8 | 1);
+                }
+            }
+            if i % 512 == 0 {
+                // Dirty pages are kept beyond that until they are written: not many.
+                assert!(image.cache_bytes() <= 3 << 20, "{say}: {} bytes", image.cache_bytes());
+            }
+        }
+        image.close().expect("close");
+        drop(image);
+        let image = open_image(&disk, None, Options::default()).expect("open");
+        for (s, want) in &model {
+            let got = read(&image, s * 512, 512).expect("read");
+            assert!(got.iter().all(|b| b == want), "{say}: sector {s} at the end");
+        }
+        let report = image.check().expect("check");
+        assert_eq!((report.errors.len(), report.leaks), (0, 0), "{say}: {report:?}");
+        if have_qemu() {
+            let dir = Dir::new("large");
+            let path = dir.save("image.qcow2", &disk);
+            qemu_check(&path, false);
+            let samples: Vec<String> =
+                model.iter().take(100).map(|(s, want)| format!("read -P {want} {} 512", s * 512)).collect();
+            let mut args: Vec<&str> = samples.iter().flat_map(|s| ["-c", s.as_str()]).collect();
+            args.push(path.to_str().unwrap());
+            let text = qemu("qemu-io", &args);
+            assert!(!text.contains("Pattern verification failed"), "{say}: {text}");
+        }
+        n += 1;
+    }
+    eprintln!("{n} disks");
+}
+
+/// Pages go when nobody used them for an interval, whether or not anything is written.
+#[test]
+fn caches_shrink_when_idle() {
+    let disk = fresh(&CreateOptions { size: 100 << 30, ..base() });
+    let image = open_image(&disk, None, Options::default()).unwrap();
+    (0..300).for_each(|i| write(&image, i * (300 << 20), &[1; 512]).unwrap());
+    image.flush().unwrap();
+    drop(image);
+    for read_only in [false, true] {
+        let options = |interval| Options { read_only, cache_clean_interval: interval, ..Options::default() };
+        let image = open_image(&disk, None, options(None)).unwrap();
+        (0..300).for_each(|i| _ = read(&image, i * (300 << 20), 512).unwrap());
+        let full = image.cache_bytes();
+        assert!(full >= 300 * 4096, "{full}");
+        // QEMU's default.
+        let minutes = |n: u64| std::time::Instant::now() + std::time::Duration::from_secs(n * 60);
+        assert!(image.tidy(minutes(9)).is_some_and(|next| next < minutes(10)));
+        assert_eq!(image.cache_bytes(), full, "too early");
+        image.tidy(minutes(11));
+        read(&image, 0, 512).unwrap();
+        image.tidy(minutes(22));
+        assert!(
+            (4096..=2 * 4096).contains(&image.cache_bytes()),
+            "one page was used: {}",
+            image.cache_bytes()
+        );
+        image.tidy(minutes(33));
+        assert_eq!(image.cache_bytes(), 0);
+        assert_eq!(read(&image, 0, 512).unwrap(), [1; 512]);
+        let image = open_image(&disk, None, options(Some(0))).unwrap();
+        read(&image, 0, 512).unwrap();
+        assert_eq!(image.tidy(minutes(1000)), None);
+        assert!(image.cache_bytes() > 0);
+    }
+}
+
+/// The cache options: what QEMU refuses is refused, in its words.
+#[test]
+fn cache_options_are_qemus() {
+    if !have_qemu() {
+        return;
+    }
+    let dir = Dir::new("cache-options");
+    let disk = fresh(&CreateOptions { size: 1 << 30, ..base() });
+    let path = dir.save("image.qcow2", &disk);
+    let word = |name: &str, n: Option<u64>| n.map_or(String::new(), |n| format!(",{name}={n}"));
+    let some = [None, Some(0), Some(64 << 10), Some(1 << 20), Some(1 << 50)];
+    let entries = [None, Some(256), Some(512), Some(3000), Some(65536), Some(1 << 17)];
+    let mut cases: Vec<[Option<u64>; 5]> = Vec::new();
+    for all in some {
+        for l2 in some {
+            cases.extend(some.map(|refs| [all, l2, refs, None, None]));
+        }
+    }
+    cases.extend(entries.map(|e| [Some(1), Some(2), None, e, None]));
+    cases.extend(entries.map(|e| [None, None, None, e, None]));
+    cases.extend([0, 5, u64::from(u32::MAX), 1 << 32].map(|i| [None, None, None, None, Some(i)]));
+    for [all, l2, refs, entry, interval] in cases {
+        let image = format!(
+            "driver=qcow2,file.filename={}{}{}{}{}{}",
+            path.to_str().unwrap(),
+            word("cache-size", all),
+            word("l2-cache-size", l2),
+            word("refcount-cache-size", refs),
+            word("l2-cache-entry-size", entry),
+            word("cache-clean-interval", interval),
+        );
+        let (_, text) = tool("qemu-io", &["--image-opts", "-c", "quit", &image]);
+        if text.contains("allocate") {
+            // It takes the memory at once.
+            continue;
+        }
+        let theirs = text.trim();
+        let options = Options {
+            cache_size: all,
+            l2_cache_size: l2,
+            refcount_cache_size: refs,
+            l2_cache_entry_size: entry,
+            cache_clean_interval: interval,
+            ..Options::default()
+        };
+        let ours = open_image(&disk, None, options).err().map(|e| e.to_string());
+        match ours {
+            Some(ours) => assert!(theirs.ends_with(&ours), "{image}: {ours:?} but {theirs:?}"),
+            None => assert_eq!(theirs, "", "{image}: we take it"),
+        }
+    }
+}
+
 fn overwrite(disk: &Disk, at: usize, bytes: &[u8]) {
     disk.bytes.lock().unwrap()[at..at + bytes.len()].copy_from_slice(bytes);
 }

@@ -461,6 +461,13 @@ pub trait Driver: Send + Sync {
     /// on. Control thread; requests may be under way.
     fn give_up(&self) {}
 
+    /// Gives up memory that was not needed for long, and says when it wants to be asked again. For
+    /// moments only: requests may wait for it. Control thread.
+    fn tidy(&self, now: std::time::Instant) -> Option<std::time::Instant> {
+        let _ = now;
+        None
+    }
+
     /// Writes back what is held in memory and marks the image clean. Called once, by the control
     /// thread, when no request runs any more; afterwards the node is dropped.
     fn close(&self) -> io::Result<()> {

@@ -17,6 +17,7 @@ use crate::bail;
 use crate::error::{Error, Result};
 use crate::event::Events;
 use std::sync::Arc;
+use std::time::Instant;
 
 /// The longest node name, in bytes (QEMU's node_name[32]).
 const NAME_MAX: usize = 31;
@@ -273,6 +274,11 @@ impl Graph {
             // Fewer users cannot make a conflict; a driver may fail to let go of a lock.
             log::warn!("{e}");
         }
+    }
+
+    /// Lets nodes give up memory that they did not need for long; says when the next one wants to.
+    pub fn tidy(&self, now: Instant) -> Option<Instant> {
+        self.nodes.iter().filter_map(|e| e.node.driver.tidy(now)).min()
     }
 
     /// Writes everything back that is held in memory, and to stable storage. The first error is

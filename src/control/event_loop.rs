@@ -7,6 +7,7 @@ use super::vm::{Cause, Vm};
 use crate::sys::poll::{PollSet, Signals};
 use std::io;
 use std::os::fd::AsRawFd;
+use std::time::Instant;
 
 /// Something with descriptors that the loop serves: the QMP server.
 pub trait Source {
@@ -36,6 +37,9 @@ pub fn run(vm: &mut Vm, signals: &Signals, sources: &mut [&mut dyn Source]) -> i
         let inbox = set.add(vm.events.as_raw_fd(), libc::POLLIN);
         let signal = set.add(signals.as_raw_fd(), libc::POLLIN);
         sources.iter_mut().for_each(|s| s.prepare(vm, &mut set));
+        if let Some(when) = vm.graph.tidy(Instant::now()) {
+            set.until(when);
+        }
         set.wait()?;
         if set.ready(signal) != 0 {
             while let Some(number) = signals.take() {

@@ -68,6 +68,11 @@ impl Cache {
         }
     }
 
+    /// From now on as many pages may be kept, if that is more than before.
+    pub fn allow(&mut self, capacity: usize) {
+        self.capacity = self.capacity.max(capacity);
+    }
+
     /// The page at file offset `offset`, if it is here.
     pub fn get(&mut self, offset: u64) -> Option<&[u8]> {
         let slot = &mut self.slots[*self.map.get(&offset)?];

@@ -59,7 +59,6 @@ use crate::sys::iov::Iov;
 use std::io;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
-use std::time::Instant;
 
 type Pages = Vec<(u64, Arc<[u8]>)>;
 type Sectors = Vec<(u64, Vec<u8>)>;
@@ -259,11 +258,6 @@ impl Qcow2 {
         // A page can have been made clean, or its table be freed: see the head of meta.rs.
         meta.generation += u64::from(work.has_pointers());
         meta.unreachable.extend(work.freed);
-        if self.clean_interval.is_some_and(|i| meta.cleaned.elapsed() >= i) {
-            meta.cleaned = Instant::now();
-            meta.l2.trim();
-            meta.refs.trim();
-        }
         loop {
             if !meta.grace.is_empty() {
                 let busy = self.users[meta.grace_epoch].load(Ordering::SeqCst) != 0;

@@ -22,7 +22,7 @@ use serde_json::{Map as Object, Value, json};
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 impl Qcow2 {
     pub(super) fn new(
@@ -93,6 +93,22 @@ impl Qcow2 {
             meta.file_len = end;
         }
         Ok(())
+    }
+
+    /// Gives up pages that were not used since the last time, if that was long ago.
+    fn clean_caches(&self, now: Instant) -> Option<Instant> {
+        let interval = self.clean_interval?;
+        let mut meta = self.lock();
+        let due = meta.cleaned.checked_add(interval)?;
+        if now < due {
+            return Some(due);
+        }
+        meta.cleaned = now;
+        meta.l2.trim();
+        meta.refs.trim();
+        drop(meta);
+        *self.decompressed.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        now.checked_add(interval)
     }
 
     /// True when nothing is left to be written.
@@ -322,6 +338,10 @@ impl Driver for Qcow2 {
             Some((name, format)) => self.rename_backing(name, Some(format)),
             None => self.forget_backing(),
         }
+    }
+
+    fn tidy(&self, now: Instant) -> Option<Instant> {
+        self.clean_caches(now)
     }
 
     fn close(&self) -> io::Result<()> {

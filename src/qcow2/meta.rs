@@ -109,6 +109,8 @@ pub struct Meta {
     pub reftable: Table,
     /// Pages of L2 tables.
     pub l2: Cache,
+    /// Bytes that `l2` may have, however large the disk becomes.
+    pub l2_most: u64,
     /// Pages of refcount blocks.
     pub refs: Cache,
     /// Guest clusters that are being allocated: their data are being written.

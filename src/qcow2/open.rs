@@ -104,7 +104,7 @@ pub fn open(
         }
         _ => {}
     }
-    let (l2, refs) = cache_sizes(&header, &options)?;
+    let (l2, refs, l2_most) = cache_sizes(&header, &options)?;
     let crypt = crypt::open(&node, &header, options.encrypt.as_ref())?;
     let geo = header.geometry();
     let file_len = node.len();
@@ -131,6 +131,7 @@ pub fn open(
         l1: Table { entries: l1, ..Table::default() },
         reftable: Table { entries: reftable, ..Table::default() },
         l2: Cache::new((l2 / geo.page_size()) as usize),
+        l2_most,
         refs: Cache::new((refs / geo.page_size()) as usize),
         in_flight: Vec::new(),
         freed: Vec::new(),
@@ -193,10 +194,36 @@ fn refuse(text: &str) -> io::Error {
     io::Error::new(io::ErrorKind::Unsupported, text)
 }
 
-/// Sizes of L2 and refcount cache in bytes, by QEMU's rules.
-fn cache_sizes(header: &Header, o: &Options) -> io::Result<(u64, u64)> {
+/// Sizes of L2 and refcount cache in bytes, by QEMU's rules, and what the L2 cache may become when
+/// the disk grows.
+fn cache_sizes(header: &Header, o: &Options) -> io::Result<(u64, u64, u64)> {
     let invalid = |text: &str| Err(io::Error::new(io::ErrorKind::InvalidInput, text));
     let geo = header.geometry();
+    // What the L2 tables of the whole disk take.
+    let whole = (geo.l1_entries(header.size).max(1)).saturating_mul(geo.cluster_size());
+    let least = REFCOUNT_CACHE_CLUSTERS * geo.cluster_size();
+    let sizes = match (o.cache_size, o.l2_cache_size, o.refcount_cache_size) {
+        (Some(_), Some(_), Some(_)) => {
+            return invalid(
+                "cache-size, l2-cache-size and refcount-cache-size may not be set at the same time",
+            );
+        }
+        (Some(all), Some(l2), None) if l2 > all => {
+            return invalid("l2-cache-size may not exceed cache-size");
+        }
+        (Some(all), None, Some(refs)) if refs > all => {
+            return invalid("refcount-cache-size may not exceed cache-size");
+        }
+        // What the disk cannot use goes to the refcounts.
+        (Some(all), Some(l2), None) => (l2, all - l2.min(whole)),
+        (Some(all), None, Some(refs)) => (all - refs, refs),
+        (Some(all), None, None) if all >= whole + least => (whole, all - whole),
+        (Some(all), None, None) => {
+            let refs = all.min(least);
+            (all - refs, refs)
+        }
+        (None, l2, refs) => (l2.unwrap_or(L2_CACHE_MAX), refs.unwrap_or(least)),
+    };
     if let Some(entry) = o.l2_cache_entry_size
         && (!entry.is_power_of_two() || entry < 512 || entry > geo.cluster_size())
     {
@@ -205,31 +232,20 @@ fn cache_sizes(header: &Header, o: &Options) -> io::Result<(u64, u64)> {
             geo.cluster_size()
         ));
     }
-    // What the L2 tables of the whole disk take.
-    let whole = (geo.l1_entries(header.size).max(1)).saturating_mul(geo.cluster_size());
-    let least = REFCOUNT_CACHE_CLUSTERS * geo.cluster_size();
-    let (l2, refs) = match (o.cache_size, o.l2_cache_size, o.refcount_cache_size) {
-        (Some(_), Some(_), Some(_)) => {
-            return invalid(
-                "cache-size, l2-cache-size and refcount-cache-size may not be set at the same time",
-            );
-        }
-        (Some(all), Some(l2), None) => match all.checked_sub(l2) {
-            Some(refs) => (l2, refs),
-            None => return invalid("l2-cache-size may not exceed cache-size"),
-        },
-        (Some(all), None, Some(refs)) => match all.checked_sub(refs) {
-            Some(l2) => (l2, refs),
-            None => return invalid("refcount-cache-size may not exceed cache-size"),
-        },
-        (Some(all), None, None) if all >= whole + least => (whole, all - whole),
-        (Some(all), None, None) => {
-            let refs = all.min(least);
-            (all - refs, refs)
-        }
-        (None, l2, refs) => (l2.unwrap_or(whole.min(L2_CACHE_MAX)), refs.unwrap_or(least)),
-    };
-    Ok((l2, refs.max(32 << 10)))
+    let entry = o.l2_cache_entry_size.unwrap_or(geo.cluster_size());
+    // QEMU counts entries in 31 bits, and this one it takes as it comes.
+    let rest = o.cache_size.is_some() && o.refcount_cache_size.is_some();
+    let l2 = if rest { sizes.0 } else { sizes.0.min(whole) };
+    if l2 / entry > i32::MAX as u64 {
+        return invalid("L2 cache size too big");
+    }
+    if sizes.1 >> geo.cluster_bits > i32::MAX as u64 {
+        return invalid("Refcount cache size too big");
+    }
+    if o.cache_clean_interval.is_some_and(|i| i > u64::from(u32::MAX)) {
+        return invalid("Cache clean interval too big");
+    }
+    Ok((sizes.0.min(whole), sizes.1.max(32 << 10), sizes.0))
 }
 
 /// Reads a table of `count` 8-byte entries that must begin in the file.

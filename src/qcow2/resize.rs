@@ -55,6 +55,9 @@ impl Qcow2 {
         let mut meta = self.lock();
         meta.header.size = len;
         meta.header_dirty = true;
+        let whole = meta.geo.l1_entries(len).saturating_mul(meta.geo.cluster_size());
+        let pages = meta.l2_most.min(whole) / meta.geo.page_size();
+        meta.l2.allow(pages as usize);
         self.size.store(len, Ordering::SeqCst);
     }
 
