@@ -9,7 +9,7 @@
 //! the request has room for before anything is done, and data stay in guest memory.
 
 use super::scsi_sense::{Cdb, Fail, Sense};
-use crate::block::driver::Flags;
+use crate::block::driver::{Flags, Perm};
 use crate::block::handle::Handle;
 use crate::block::stats::Kind as Stat;
 use crate::block::tray::Tray;
@@ -195,7 +195,7 @@ impl Unit {
     /// that the guest knows.
     pub fn look(&self, len: u64) -> bool {
         let node = self.handle.node();
-        let writes = node.as_ref().is_some_and(|n| !n.read_only());
+        let writes = node.as_ref().is_some_and(|n| !n.read_only()) && self.handle.uses().contains(Perm::WRITE);
         self.read_only.store(self.config.read_only || !writes, Ordering::Relaxed);
         let before = self.present.swap(node.is_some(), Ordering::Relaxed);
         let old = self.len.swap(len, Ordering::Relaxed);
