@@ -195,7 +195,8 @@ impl Unit {
     /// that the guest knows.
     pub fn look(&self, len: u64) -> bool {
         let node = self.handle.node();
-        let writes = node.as_ref().is_some_and(|n| !n.read_only()) && self.handle.uses().contains(Perm::WRITE);
+        let writes =
+            node.as_ref().is_some_and(|n| !n.read_only()) && self.handle.uses().contains(Perm::WRITE);
         self.read_only.store(self.config.read_only || !writes, Ordering::Relaxed);
         let before = self.present.swap(node.is_some(), Ordering::Relaxed);
         let old = self.len.swap(len, Ordering::Relaxed);
