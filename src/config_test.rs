@@ -37,6 +37,17 @@ fn tables_come_in_the_order_of_the_file() {
 }
 
 #[test]
+fn objects_are_named_once_and_their_files_found_beside_the_configuration() {
+    let config = parse("[[object]]\nqom-type = 'secret'\nid = 's'\nfile = 'key'\n", &[]).unwrap();
+    let got = (config.tables[0].kind, Value::Object(config.tables[0].arguments.clone()));
+    assert_eq!(got, (Kind::Object, json!({"qom-type": "secret", "id": "s", "file": "/dir/key"})));
+    assert_eq!(
+        error("[[object]]\nid = 's'\n[[object]]\nid = 's'\n"),
+        "c.toml:4:6: [[object]] 'id': the object id 's' is taken already, at c.toml:2:6"
+    );
+}
+
+#[test]
 fn overrides_reach_every_part() {
     let text = "[[drive]]\nid = 'a'\nfile = 'f'\n[[blockdev]]\nnode-name = 'n'\nfile.filename = 'x'\n";
     let sets = [

@@ -650,6 +650,37 @@ fn the_way_through_qmp() {
 }
 
 #[test]
+fn an_overlay_of_qemu_leads_to_its_encrypted_backing_file() {
+    if !have_qemu() {
+        return;
+    }
+    let dir = Dir::new("luks-chain");
+    let disk = fresh(&CreateOptions { size: 1 << 20, encrypt: Some(luks()), ..CreateOptions::default() });
+    let image = node_of(&disk, &luks(), None).unwrap();
+    put(&image, 4096, &[9; 4096]);
+    image.flush().unwrap();
+    image.driver.close().unwrap();
+    drop(image);
+    dir.save("base.qcow2", &disk);
+    let base = format!(
+        "json:{{\"driver\": \"qcow2\", \"encrypt.key-secret\": \"s\", \"file.filename\": \"{}\"}}",
+        dir.path("base.qcow2").display()
+    );
+    let over = dir.path("over.qcow2");
+    let over = over.to_str().unwrap();
+    qemu("qemu-img", &["create", "-q", "--object", SECRET, "-f", "qcow2", "-b", &base, "-F", "qcow2", over]);
+    let mut q = Qmp(Vm::new(Settings::default()).unwrap(), Conn::new());
+    let add = json!({"driver": "qcow2", "node-name": "top", "file": {"driver": "file", "filename": over}});
+    let without = q.run("blockdev-add", add.clone()).unwrap_err();
+    assert_eq!(without, "Could not open backing file: No secret with id 's'");
+    q.run("object-add", json!({"qom-type": "secret", "id": "s", "data": PASSWORD})).unwrap();
+    q.run("blockdev-add", add).unwrap();
+    let node = q.0.graph.find("top").unwrap().clone();
+    let bytes = whole(&node);
+    assert!(bytes[..4096] == [0; 4096] && bytes[4096..8192] == [9; 4096]);
+}
+
+#[test]
 fn secrets_may_be_encrypted_with_another() {
     let mut q = Qmp(Vm::new(Settings::default()).unwrap(), Conn::new());
     let mut add = |args: Value| q.run("object-add", args).map(drop).err().unwrap_or_default();

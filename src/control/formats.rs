@@ -4,6 +4,7 @@
 //! connections. Threads: control. Locks: none.
 
 use super::encrypt_options::BlockdevQcow2Encryption;
+use super::json_name;
 use super::objects::Objects;
 use crate::block::blkdebug::{BlkdebugOptions, BlkdebugPlan};
 use crate::block::blkverify::BlkverifyPlan;
@@ -391,7 +392,7 @@ impl Env for Formats<'_> {
     }
 
     fn parse(&self, options: serde_json::Value) -> Result<Plan> {
-        plan(BlockdevOptions::take(options, &qapi::Path::Root)?)
+        plan(BlockdevOptions::take(json_name::nested(options)?, &qapi::Path::Root)?)
     }
 
     fn protocol(&self, driver: &str, filename: &str) -> Option<Plan> {

@@ -8,6 +8,7 @@ pub mod event_loop;
 pub mod exports;
 pub mod formats;
 mod jobs;
+mod json_name;
 pub mod new_image;
 pub mod objects;
 pub mod qemu_io;
