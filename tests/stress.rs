@@ -84,8 +84,8 @@ fn run_guest(
     let free = g.free.next_multiple_of(4096);
     loop {
         let ending = stop.load(Ordering::Relaxed);
-        for slot in 0..SLOTS as usize {
-            if slots[slot].is_some() || ending {
+        for (slot, place) in slots.iter_mut().enumerate() {
+            if place.is_some() || ending {
                 continue;
             }
             let first = slot as u64 * part + rng.below(part - 1);
@@ -101,7 +101,7 @@ fn run_guest(
                 since: Instant::now(),
             };
             heads.insert(offer(&mut g, &asked), slot);
-            slots[slot] = Some(asked);
+            *place = Some(asked);
             next += 1;
         }
         g.kick(0);
@@ -253,6 +253,7 @@ const BAD_MOMENTS: &[&str] = &[
     "does not support internal",
     "Permission conflict",
     "Need a root block node",
+    "Failed to get a snapshot list",
 ];
 
 impl Control {
@@ -398,9 +399,9 @@ impl Control {
             assert!(files.iter().all(|(_, name)| self.vm.graph.find(name).is_none()));
             *self.done.entry("transaction, aborted".into()).or_default() += 1;
         } else if self.run("transaction", json!({"actions": actions})).is_some() {
-            for disk in 0..2 {
+            for (disk, (file, _)) in files.into_iter().enumerate() {
                 self.below[disk] += 1;
-                self.top[disk] = files[disk].0.clone();
+                self.top[disk] = file;
             }
             self.snapshots.clear();
         }

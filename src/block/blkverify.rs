@@ -123,7 +123,7 @@ impl Driver for Blkverify {
         let (mut at, len) = (0, to.len() as u64);
         while at < len {
             let n = PIECE.min(len - at);
-            to.copy_from(at as usize, &*self.piece(off + at, n)?);
+            to.copy_from(at as usize, &self.piece(off + at, n)?);
             at += n;
         }
         Ok(())

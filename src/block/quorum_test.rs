@@ -332,8 +332,8 @@ fn children_come_and_go_while_guests_write() {
     let models: Vec<_> = (0..4).map(|_| Mutex::new(vec![0u8; part])).collect();
     let mut rounds = 0;
     std::thread::scope(|scope| {
-        for n in 0..4 {
-            let (disk, stop, requests, model) = (&disk, &stop, &requests, &models[n]);
+        for (n, model) in models.iter().enumerate() {
+            let (disk, stop, requests) = (&disk, &stop, &requests);
             scope.spawn(move || {
                 let mut rng = Rng(n as u64 + 77);
                 let mut model = model.lock().unwrap();

@@ -182,7 +182,13 @@ fn breakpoint(handle: &Handle, args: &mut Args) -> Result<(), Stop> {
         "remove_break" => (ask(&|m| m.remove_break(tag)), format!("Could not remove breakpoint {tag}")),
         "resume" => (ask(&|m| m.resume(tag)), "Could not resume request".to_string()),
         // Without a blkdebug QEMU waits for ever.
-        _ => (ask(&|m| Ok(m.wait_break(tag))), "Could not wait for a breakpoint".to_string()),
+        _ => {
+            let wait = |m: &dyn Moments| {
+                m.wait_break(tag);
+                Ok(())
+            };
+            (ask(&wait), "Could not wait for a breakpoint".to_string())
+        }
     };
     done.map_err(|e| Stop::Says(format!("{failed}: {}", strerror(&e))))
 }
