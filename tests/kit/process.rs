@@ -177,6 +177,11 @@ impl Vm {
         self.dir.join(name)
     }
 
+    /// The directory, for another process after this one has ended.
+    pub fn take_dir(&mut self) -> Dir {
+        std::mem::replace(&mut self.dir, Dir::new())
+    }
+
     /// The process.
     pub fn pid(&self) -> u32 {
         self.child.id()

@@ -1,0 +1,244 @@
+//! Jobs in the real binary: what their errors lead to, and what is left when it is killed or told to
+//! quit in the middle of one.
+
+#[path = "kit/process.rs"]
+mod kit;
+
+use kit::{Dir, Qmp, Vm, have, run};
+use serde_json::{Value, json};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+const MIB: u64 = 1 << 20;
+
+/// `base` ← `mid` ← `top`, of 16 MiB, each with data of its own, and what they show, as a raw file.
+fn chain(dir: &Dir) {
+    let path = |name: &str| dir.join(name).display().to_string();
+    let mut below: Option<&str> = None;
+    for (n, name) in ["base", "mid", "top"].into_iter().enumerate() {
+        let image = path(name);
+        match below {
+            None => run("qemu-img", &["create", "-q", "-f", "qcow2", &image, "16M"]),
+            Some(b) => {
+                run("qemu-img", &["create", "-q", "-f", "qcow2", "-b", &path(b), "-F", "qcow2", &image])
+            }
+        };
+        let mut args = vec!["-f".to_string(), "qcow2".to_string()];
+        for k in 0..6 {
+            let (at, byte) = ((k * 5 + n * 2) % 15, 16 * n + k + 1);
+            args.extend(["-c".into(), format!("write -q -P {byte} {at}M 1536k")]);
+        }
+        args.push(image);
+        run("qemu-io", &args.iter().map(String::as_str).collect::<Vec<_>>());
+        below = Some(name);
+    }
+    run("qemu-img", &["convert", "-O", "raw", &path("top"), &path("raw")]);
+}
+
+const DRIVE: &str = "[machine]\naccel = \"none\"\nmemory = \"16M\"\n[[drive]]\nif = \"none\"\nid = \"d\"\n\
+                     file = \"@DIR/top\"\nformat = \"qcow2\"\n";
+
+/// Is the image good (it may have leaks), and does it show what the chain showed?
+fn check(dir: &Path, image: &str) {
+    let path = |name: &str| dir.join(name).display().to_string();
+    let out = std::process::Command::new("qemu-img").args(["check", "-q", &path(image)]).output().unwrap();
+    assert!(matches!(out.status.code(), Some(0 | 3)), "{image}: {}", String::from_utf8_lossy(&out.stdout));
+    run("qemu-img", &["compare", "-q", "-f", "qcow2", "-F", "raw", &path(image), &path("raw")]);
+}
+
+fn event(qmp: &mut Qmp, name: &str) -> Value {
+    qmp.wait_event(name)["data"].take()
+}
+
+/// Waits until a job has that state.
+fn status(qmp: &mut Qmp, wanted: &str) {
+    while event(qmp, "JOB_STATUS_CHANGE")["status"] != wanted {}
+}
+
+/// The jobs that are tried, and their arguments.
+fn kinds() -> [(&'static str, Value); 4] {
+    [
+        ("block-stream", json!({"device": "d", "job-id": "j"})),
+        ("block-stream", json!({"device": "d", "job-id": "j", "base": "@base"})),
+        ("block-commit", json!({"device": "d", "job-id": "j", "top": "@mid"})),
+        ("block-commit", json!({"device": "d", "job-id": "j"})),
+    ]
+}
+
+/// The arguments with the paths of this test.
+fn with_paths(mut args: Value, dir: &Path) -> Value {
+    for value in args.as_object_mut().unwrap().values_mut() {
+        if let Some(name) = value.as_str().and_then(|s| s.strip_prefix('@')) {
+            *value = dir.join(name).display().to_string().into();
+        }
+    }
+    args
+}
+
+/// In the middle of each job: killed, or told to quit. The images stay good, and a second start with the
+/// same configuration does the job to its end.
+#[test]
+fn an_end_in_the_middle_leaves_good_images() {
+    if !have("qemu-img", "qemu-utils") || !have("qemu-io", "qemu-utils") {
+        return;
+    }
+    for (n, (command, args)) in kinds().into_iter().enumerate() {
+        for quit in [false, true] {
+            let dir = Dir::new();
+            chain(&dir);
+            let mut vm = Vm::start_in(dir, DRIVE);
+            let mut qmp = vm.qmp();
+            let mut args = with_paths(args.clone(), &vm.path(""));
+            args["speed"] = (8 * MIB).into();
+            qmp.ok(command, args.clone());
+            std::thread::sleep(Duration::from_millis(150 + 100 * n as u64));
+            assert_eq!(qmp.ok("query-jobs", json!({})).as_array().unwrap().len(), 1, "it is over already");
+            let start = Instant::now();
+            if quit {
+                qmp.ok("quit", json!({}));
+                assert_eq!(event(&mut qmp, "BLOCK_JOB_CANCELLED")["device"], "j");
+                vm.wait_exit(0);
+                assert!(start.elapsed() < Duration::from_secs(5), "quit took {:?}", start.elapsed());
+            } else {
+                vm.signal(9);
+                vm.wait();
+            }
+            let dir = vm.take_dir();
+            check(&dir.join(""), "top");
+
+            std::fs::remove_file(dir.join("qmp")).ok();
+            let mut vm = Vm::start_in(dir, DRIVE);
+            let mut qmp = vm.qmp();
+            args["speed"] = 0.into();
+            qmp.ok(command, args);
+            if n == 3 {
+                event(&mut qmp, "BLOCK_JOB_READY");
+                qmp.ok("block-job-complete", json!({"device": "j"}));
+            }
+            let done = event(&mut qmp, "BLOCK_JOB_COMPLETED");
+            assert_eq!(done.get("error"), None, "{done}");
+            qmp.ok("quit", json!({}));
+            vm.wait_exit(0);
+            let backing = |image: &str| -> Value {
+                let image = vm.path(image).display().to_string();
+                let info: Value =
+                    serde_json::from_str(&run("qemu-img", &["info", "--output=json", &image])).unwrap();
+                info.get("backing-filename").cloned().unwrap_or_default()
+            };
+            let base = json!(vm.path("base").display().to_string());
+            match n {
+                0 => assert_eq!(backing("top"), Value::Null),
+                1 | 2 => assert_eq!(backing("top"), base),
+                _ => {}
+            }
+            check(&vm.path(""), if n == 3 { "base" } else { "top" });
+        }
+    }
+}
+
+/// Options of the chain's nodes with a `blkdebug` below the image of that name.
+fn nodes(dir: &Path, faulty: &str, rule: &Value) -> Value {
+    let path = |name: &str| dir.join(name).display().to_string();
+    let mut node = Value::Null;
+    for name in ["base", "mid", "top"] {
+        let mut file = json!({"driver": "file", "filename": path(name)});
+        if name == faulty {
+            file = json!({"driver": "blkdebug", "image": file, "inject-error": [rule]});
+        }
+        node = json!({"driver": "qcow2", "node-name": name, "file": file, "backing": node});
+    }
+    node
+}
+
+/// A request that fails once, on either side, at every policy.
+#[test]
+fn errors_at_every_policy() {
+    if !have("qemu-img", "qemu-utils") || !have("qemu-io", "qemu-utils") {
+        return;
+    }
+    // The command, whose requests fail, when, how, and which side that is.
+    let cases = [
+        ("block-stream", "base", "read_aio", 5, "read"),
+        ("block-stream", "top", "write_aio", 28, "read"),
+        ("block-commit", "mid", "read_aio", 5, "read"),
+        ("block-commit", "base", "write_aio", 28, "write"),
+        ("block-commit active", "top", "read_aio", 5, "read"),
+        ("block-commit active", "base", "write_aio", 28, "write"),
+    ];
+    for (what, faulty, at, errno, side) in cases {
+        for policy in ["report", "ignore", "stop", "enospc"] {
+            let dir = Dir::new();
+            chain(&dir);
+            let mut vm = Vm::start_in(dir, "[machine]\naccel = \"none\"\nmemory = \"16M\"\n");
+            let mut qmp = vm.qmp();
+            let rule = json!({"event": at, "errno": errno, "once": true});
+            qmp.ok("blockdev-add", nodes(&vm.path(""), faulty, &rule));
+            let mut args = json!({"device": "top", "job-id": "j", "on-error": policy});
+            if what == "block-commit" {
+                args["top-node"] = "mid".into();
+            }
+            let case = format!("{what}, {faulty}, {policy}");
+            qmp.ok(what.split(' ').next().unwrap(), args);
+            let error = event(&mut qmp, "BLOCK_JOB_ERROR");
+            let pauses = policy == "stop" || (policy == "enospc" && errno == 28);
+            let action = match policy {
+                _ if pauses => "stop",
+                "ignore" => "ignore",
+                _ => "report",
+            };
+            let want = json!({"device": "j", "operation": side, "action": action});
+            assert_eq!(error, want, "{case}");
+            if pauses {
+                status(&mut qmp, "paused");
+                let job = &qmp.ok("query-block-jobs", json!({}))[0];
+                let io_status = if errno == 28 { "nospace" } else { "failed" };
+                assert_eq!((&job["io-status"], &job["paused"]), (&json!(io_status), &json!(true)), "{case}");
+                qmp.ok("block-job-resume", json!({"device": "j"}));
+                let job = &qmp.ok("query-block-jobs", json!({}));
+                assert!(job.get(0).is_none_or(|j| j["io-status"] == "ok"), "{case}: {job}");
+            }
+            // What a stream has to leave out must go on showing through: it fails in the end.
+            let fails = action == "report" || (action == "ignore" && what == "block-stream");
+            if what == "block-commit active" && !fails {
+                event(&mut qmp, "BLOCK_JOB_READY");
+                qmp.ok("block-job-complete", json!({"device": "j"}));
+            }
+            let done = event(&mut qmp, "BLOCK_JOB_COMPLETED");
+            let text = if errno == 28 { "No space left on device" } else { "Input/output error" };
+            assert_eq!(done.get("error"), fails.then(|| json!(text)).as_ref(), "{case}");
+            qmp.ok("quit", json!({}));
+            vm.wait_exit(0);
+            let switched = what == "block-commit active" && !fails;
+            check(&vm.path(""), if switched { "base" } else { "top" });
+        }
+    }
+}
+
+#[test]
+fn a_cancelled_job_ends_at_once_whatever_its_speed() {
+    if !have("qemu-img", "qemu-utils") || !have("qemu-io", "qemu-utils") {
+        return;
+    }
+    for (command, args) in kinds() {
+        let dir = Dir::new();
+        chain(&dir);
+        let mut vm = Vm::start_in(dir, DRIVE);
+        let mut qmp = vm.qmp();
+        let mut args = with_paths(args, &vm.path(""));
+        args["speed"] = 1.into();
+        qmp.ok(command, args);
+        std::thread::sleep(Duration::from_millis(50));
+        let start = Instant::now();
+        qmp.ok("block-job-cancel", json!({"device": "j"}));
+        event(&mut qmp, "BLOCK_JOB_CANCELLED");
+        let took = start.elapsed();
+        assert!(took < Duration::from_millis(1000), "{command}: {took:?}");
+        status(&mut qmp, "null");
+        // The chain is as before, and no filter is left.
+        let nodes = qmp.ok("query-named-block-nodes", json!({"flat": true}));
+        assert_eq!(nodes.as_array().unwrap().len(), 6, "{nodes}");
+        qmp.ok("quit", json!({}));
+        vm.wait_exit(0);
+        check(&vm.path(""), "top");
+    }
+}
