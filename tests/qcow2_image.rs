@@ -666,6 +666,109 @@ fn chains_open_by_their_recorded_names() {
     assert!(std::fs::read(&top).unwrap() == before);
 }
 
+/// What an image names as its data file is the name of a file, nothing else; and it takes a config to
+/// have another one, or none for an image that needs none.
+#[test]
+fn a_data_file_is_a_plain_file() {
+    use minivmm::block::graph::Graph;
+    use minivmm::control::formats::{BlockdevOptions, Formats, plan};
+    use minivmm::qapi::{Path, Wire};
+    use serde_json::json;
+    let dir = Dir::new("data-file-name");
+    let own = dir.path("data").to_str().unwrap().to_string();
+    let names = [
+        own.clone(),
+        format!("file:{own}"),
+        "json:{\"driver\":\"null-co\",\"size\":8388608}".into(),
+        "nbd://localhost/".into(),
+        "/dev/fdset/7".into(),
+        "/dev".into(),
+        String::new(),
+    ];
+    for name in names {
+        let options = CreateOptions { data_file: Some(name.clone()), ..base() };
+        let (disk, outside) = fresh_pair(&options);
+        let path = dir.save("image.qcow2", &disk);
+        std::fs::write(&own, outside.unwrap().copy()).unwrap();
+        let open = |with: Option<&str>| {
+            let mut fds = minivmm::sys::fdset::FdSets::new();
+            let mut graph = Graph::new();
+            let mut options = json!({"driver": "qcow2", "node-name": "top",
+                "file": {"driver": "file", "filename": path.to_str().unwrap()}});
+            if let Some(file) = with {
+                options["data-file"] = json!({"driver": "file", "filename": file});
+            }
+            let options = BlockdevOptions::take(options, &Path::Root).unwrap();
+            let objects = Default::default();
+            let node = minivmm::block::open::add(
+                &mut graph,
+                &Formats::new(&mut fds, &objects),
+                plan(options).unwrap(),
+            );
+            node.map(drop).map_err(|e| e.to_string())
+        };
+        let done = open(None);
+        assert_eq!(done.is_ok(), name == own, "{name}: {done:?}");
+        open(Some(&own)).unwrap_or_else(|e| panic!("the config's own instead of '{name}': {e}"));
+        if name.starts_with("json") && have_qemu() {
+            let (_, theirs) = tool("qemu-io", &["-c", "quit", path.to_str().unwrap()]);
+            assert!(theirs.trim().ends_with(&done.unwrap_err()), "{theirs}");
+        }
+    }
+    // Not needed, not taken.
+    let path = dir.save("plain.qcow2", &fresh(&base()));
+    let mut fds = minivmm::sys::fdset::FdSets::new();
+    let options = json!({"driver": "qcow2", "node-name": "top", "data-file": {"driver": "file", "filename": own},
+        "file": {"driver": "file", "filename": path.to_str().unwrap()}});
+    let plan = plan(BlockdevOptions::take(options, &Path::Root).unwrap()).unwrap();
+    let e = minivmm::block::open::add(&mut Graph::new(), &Formats::new(&mut fds, &Default::default()), plan);
+    let text = "'data-file' can only be set for images with an external data file";
+    assert_eq!(e.map(drop).unwrap_err().to_string(), text);
+}
+
+/// A backing chain that comes back to itself, and one without an end, are refused in bounded time.
+#[test]
+fn chains_end() {
+    use minivmm::block::graph::Graph;
+    use minivmm::control::formats::{BlockdevOptions, Formats, plan};
+    use minivmm::qapi::{Path, Wire};
+    use serde_json::json;
+    let dir = Dir::new("chain-loop");
+    let image = |name: &str, backing: &str| {
+        let options = CreateOptions {
+            backing_file: Some(backing.into()),
+            backing_format: Some("qcow2".into()),
+            ..base()
+        };
+        dir.save(name, &fresh(&options))
+    };
+    let open = |name: &str| {
+        let mut fds = minivmm::sys::fdset::FdSets::new();
+        let file = dir.path(name);
+        let options = json!({"driver": "qcow2", "node-name": "top",
+            "file": {"driver": "file", "filename": file.to_str().unwrap()}});
+        let plan = plan(BlockdevOptions::take(options, &Path::Root).unwrap()).unwrap();
+        let done =
+            minivmm::block::open::add(&mut Graph::new(), &Formats::new(&mut fds, &Default::default()), plan);
+        done.map(drop).map_err(|e| e.to_string())
+    };
+    image("self", "self");
+    image("a", "b");
+    image("b", "sub/../c");
+    image("c", "a");
+    for name in ["self", "a"] {
+        let e = open(name).err();
+        assert!(e.as_ref().is_some_and(|e| e.contains("loop") || e.contains("lock")), "{name}: {e:?}");
+    }
+    (0..300).for_each(|n| drop(image(&format!("n{n}"), &format!("n{}", n + 1))));
+    // With as much stack as the control thread has; test threads have less.
+    let e = std::thread::scope(|s| {
+        let deep = std::thread::Builder::new().stack_size(8 << 20);
+        deep.spawn_scoped(s, || open("n0").unwrap_err()).unwrap().join().unwrap()
+    });
+    assert!(e.contains("longer than") || e.contains("deep"), "{e}");
+}
+
 /// Clusters smaller than the blocks of a disk that bypasses the page cache: several threads
 /// change different clusters of one block.
 #[test]
