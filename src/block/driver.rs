@@ -10,6 +10,7 @@
 use super::bitmaps::Bitmaps;
 use super::debug::Moments;
 use super::node::{Edge, Node};
+use super::reopen_options::{Ready, Reopening};
 use super::throttle::Member;
 use crate::error::Result;
 use crate::sys::iov::{Iov, IovMut};
@@ -416,6 +417,14 @@ pub trait Driver: Send + Sync {
     /// True if `password` is that of this encrypted image. ENOTSUP: it is not encrypted.
     fn check_password(&self, password: &[u8]) -> io::Result<bool> {
         pass(self, |n| n.driver.check_password(password))
+    }
+
+    /// Makes ready to become what `how` says; the answer is called when all others are ready too,
+    /// with no request under way. `None`: it cannot be reopened. What is not taken from `how` may not
+    /// change.
+    fn reopen<'a>(&'a self, how: &Reopening) -> Option<Result<Ready<'a>>> {
+        let _ = how;
+        None
     }
 
     /// Records another name for the backing file in the image, whose format stays; the node that

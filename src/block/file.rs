@@ -9,9 +9,12 @@
 //! then on every flush fails, unless the page cache is bypassed (as in QEMU).
 
 use super::driver::{Driver, Extent, ExtentKind, Flags, ImageInfo, Limits, Perm, Preallocation};
-use super::file_open::{Opened, is_direct};
+use super::file_open::{self, Opened, is_direct};
 use super::filelock::Locks;
 use super::node::errno;
+use super::node_options::LimitsCell;
+use super::reopen_options::{Ready, Reopening};
+use crate::error::Result;
 use crate::sys::buf::AlignedBuf;
 use crate::sys::iov::{Iov, IovMut};
 use serde_json::{Map, Value, json};
@@ -27,13 +30,13 @@ pub struct File {
     /// The fd set stays alive as long as this.
     _keep: Option<Box<dyn Send + Sync>>,
     device: bool,
-    direct: bool,
+    direct: AtomicBool,
     /// The node is writable, but the descriptor is so only while somebody writes.
     reopen: AtomicBool,
     /// The descriptor came from an fd set: its access mode is its giver's to choose.
     passed: bool,
     writable: AtomicBool,
-    limits: Limits,
+    limits: LimitsCell,
     len: AtomicU64,
     id: (u64, u64),
     locks: Locks,
@@ -76,13 +79,13 @@ impl File {
             name,
             passed: filename.starts_with("/dev/fdset/"),
             filename,
-            direct: is_direct(&opened.passed.fd),
+            direct: AtomicBool::new(is_direct(&opened.passed.fd)),
             fd: opened.passed.fd,
             _keep: opened.passed.keep,
             device: name == "host_device",
             reopen: AtomicBool::new(opened.reopen),
             writable: AtomicBool::new(opened.writable),
-            limits,
+            limits: LimitsCell::new(limits),
             len: AtomicU64::new(len),
             id,
             locks,
@@ -125,7 +128,7 @@ impl File {
     /// Puts another open file, with or without the right to write, in the place of this one.
     fn reopen(&self, write: bool) -> io::Result<()> {
         let mode = if write { libc::O_RDWR } else { libc::O_RDONLY };
-        let direct = if self.direct { libc::O_DIRECT } else { 0 };
+        let direct = if self.direct.load(Ordering::Relaxed) { libc::O_DIRECT } else { 0 };
         let new = crate::sys::ofd::reopen(&self.fd, mode | direct)?;
         // SAFETY: both are descriptors of ours. Requests in flight keep the old open file.
         if unsafe { libc::dup3(new.as_raw_fd(), self.fd(), libc::O_CLOEXEC) } < 0 {
@@ -179,7 +182,7 @@ impl Driver for File {
     }
 
     fn limits(&self) -> Limits {
-        self.limits
+        self.limits.get()
     }
 
     fn set_perm(&self, uses: Perm, shares: Perm) -> io::Result<()> {
@@ -294,7 +297,7 @@ impl Driver for File {
                 // Some files cannot be synced, and have nothing to lose.
                 Some(libc::EROFS | libc::EINVAL | libc::ENOTSUP) => return Ok(()),
                 _ => {
-                    if !self.direct {
+                    if !self.direct.load(Ordering::Relaxed) {
                         self.broken.store(true, Ordering::Relaxed);
                     }
                     return Err(e);
@@ -415,6 +418,37 @@ impl Driver for File {
         // From now on the descriptor follows its users, as with auto-read-only.
         self.reopen.store(true, Ordering::Relaxed);
         Ok(())
+    }
+
+    fn reopen<'a>(&'a self, how: &Reopening) -> Option<Result<Ready<'a>>> {
+        let direct = how.options.direct;
+        if direct == self.direct.load(Ordering::Relaxed) {
+            return Some(Ok(Box::new(|| {})));
+        }
+        let ready = || -> Result<Ready<'a>> {
+            let (new, limits) = file_open::other_mode(&self.fd, &self.filename, direct)?;
+            let limits = Limits { cheap_zeroes: !self.device, ..limits };
+            Ok(Box::new(move || {
+                // The access mode may have changed since, with what the users do; of one that was
+                // passed it never does, and its flags are also its giver's.
+                let done = match self.passed {
+                    // SAFETY: both are descriptors of ours, and no request is in flight.
+                    true => unsafe { libc::dup3(new.as_raw_fd(), self.fd(), libc::O_CLOEXEC) },
+                    false => {
+                        let flags = if direct { libc::O_DIRECT } else { 0 };
+                        // SAFETY: status flags of a descriptor of ours; no memory is involved.
+                        unsafe { libc::fcntl(self.fd(), libc::F_SETFL, flags) }
+                    }
+                };
+                if done < 0 {
+                    log::error!("{}: {}", self.filename, io::Error::last_os_error());
+                    return;
+                }
+                self.direct.store(direct, Ordering::Relaxed);
+                self.limits.set(limits);
+            }))
+        };
+        Some(ready())
     }
 
     fn file_id(&self) -> Option<(u64, u64)> {

@@ -195,6 +195,19 @@ pub(super) fn is_direct(fd: &OwnedFd) -> bool {
     flags >= 0 && flags & libc::O_DIRECT != 0
 }
 
+/// Another open file like `fd`'s, past the page cache or not, and what it wants of requests.
+pub(super) fn other_mode(fd: &OwnedFd, filename: &str, direct: bool) -> Result<(OwnedFd, Limits)> {
+    // SAFETY: flags of a descriptor of ours; no memory is involved.
+    let mode = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) } & libc::O_ACCMODE;
+    let flag = if direct { libc::O_DIRECT } else { 0 };
+    let new = crate::sys::ofd::reopen(fd, mode | flag).map_err(|e| direct_error(filename, &e))?;
+    let limits = match direct {
+        true => probe_direct(new.as_raw_fd(), &stat(new.as_raw_fd())?),
+        false => Limits::default(),
+    };
+    Ok((new, limits))
+}
+
 /// What O_DIRECT wants of this file: the kernel's word (statx, Linux 6.1), else what a read
 /// accepts, else a page.
 fn probe_direct(fd: RawFd, st: &libc::stat) -> Limits {

@@ -8,6 +8,7 @@
 use super::driver::{Driver, Extent, Flags, Limits, Perm};
 use super::node::{Edge, Node};
 use super::open::{Child, Open, Opening};
+use super::reopen_options::{Ready, Reopening};
 use crate::bail;
 use crate::error::Result;
 use crate::sys::iov::{Iov, IovMut};
@@ -34,8 +35,8 @@ pub struct PreallocatePlan {
 pub struct Preallocate {
     file: Arc<Edge>,
     limits: Limits,
-    align: u64,
-    size: u64,
+    align: AtomicU64,
+    size: AtomicU64,
     /// Where the data end: the length that is shown.
     data_end: AtomicU64,
     /// Where the file ends: there or later.
@@ -56,24 +57,28 @@ impl Open for PreallocatePlan {
 
     fn open(self: Box<Self>, cx: &mut Opening) -> Result<Box<dyn Driver>> {
         let (align, size) = (self.align.unwrap_or(ALIGN), self.size.unwrap_or(SIZE));
-        if align == 0 || !align.is_multiple_of(512) {
-            bail!("prealloc-align parameter of preallocate filter is not aligned to 512");
-        }
         let file = cx.child("file", self.file, (Perm::NONE, Perm::ALL))?;
         let node = file.need()?;
-        if align > 1 << 62 || size > 1 << 62 || !align.is_multiple_of(node.limits().request_alignment.into())
-        {
-            bail!(
-                "prealloc-align parameter of preallocate filter is not aligned to underlying node \
-                 request alignment ({})",
-                node.limits().request_alignment
-            );
-        }
+        check(align, size, node.limits().request_alignment)?;
+        let (align, size) = (AtomicU64::new(align), AtomicU64::new(size));
         let limits = Limits { request_alignment: 1, memory_alignment: 1, ..node.limits() };
         let len = node.len();
         let data_end = AtomicU64::new(len);
         Ok(Box::new(Preallocate { file, limits, align, size, data_end, file_end: Mutex::new(len) }))
     }
+}
+
+fn check(align: u64, size: u64, needed: u32) -> Result<()> {
+    if align == 0 || !align.is_multiple_of(512) {
+        bail!("prealloc-align parameter of preallocate filter is not aligned to 512");
+    }
+    if align > 1 << 62 || size > 1 << 62 || !align.is_multiple_of(needed.into()) {
+        bail!(
+            "prealloc-align parameter of preallocate filter is not aligned to underlying node \
+             request alignment ({needed})"
+        );
+    }
+    Ok(())
 }
 
 impl Preallocate {
@@ -85,7 +90,8 @@ impl Preallocate {
         }
         let mut file_end = self.file_end.lock().unwrap_or_else(PoisonError::into_inner);
         if end > *file_end {
-            let wanted = (end + self.size).next_multiple_of(self.align);
+            let wanted = (end + self.size.load(Ordering::Relaxed))
+                .next_multiple_of(self.align.load(Ordering::Relaxed));
             match node.zero(*file_end, wanted - *file_end, Flags::NO_FALLBACK) {
                 Ok(()) => *file_end = wanted,
                 Err(e) => log::debug!("no preallocation: {e}"),
@@ -181,6 +187,19 @@ impl Driver for Preallocate {
         self.data_end.store(len, Ordering::Release);
         *self.file_end.lock().unwrap_or_else(PoisonError::into_inner) = len;
         Ok(())
+    }
+
+    fn reopen<'a>(&'a self, how: &Reopening) -> Option<Result<Ready<'a>>> {
+        let ready = || -> Result<Ready<'a>> {
+            let (align, size) = (how.take_size("prealloc-align")?, how.take_size("prealloc-size")?);
+            let (align, size) = (align.unwrap_or(ALIGN), size.unwrap_or(SIZE));
+            check(align, size, self.file.peek(|n| n.limits().request_alignment).unwrap_or(1))?;
+            Ok(Box::new(move || {
+                self.align.store(align, Ordering::Relaxed);
+                self.size.store(size, Ordering::Relaxed);
+            }))
+        };
+        Some(ready())
     }
 
     fn close(&self) -> io::Result<()> {

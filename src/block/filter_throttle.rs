@@ -9,6 +9,7 @@
 use super::driver::{Driver, Flags, Limits, Perm};
 use super::node::{Edge, Node};
 use super::open::{Child, Open, Opening};
+use super::reopen_options::{Ready, Reopening};
 use super::throttle::Member;
 use crate::bail;
 use crate::error::Result;
@@ -108,6 +109,23 @@ impl Driver for Throttle {
 
     fn flush(&self) -> io::Result<()> {
         self.file.need()?.flush()
+    }
+
+    fn reopen<'a>(&'a self, how: &Reopening) -> Option<Result<Ready<'a>>> {
+        let ready = || -> Result<Ready<'a>> {
+            let name = how.take("throttle-group").and_then(Value::as_str).unwrap_or_default();
+            let Some(group) = how.throttle_group(name) else {
+                bail!("Throttle group '{name}' does not exist");
+            };
+            if Arc::ptr_eq(&group, self.member().group()) {
+                return Ok(Box::new(|| {}));
+            }
+            let member = group.join();
+            Ok(Box::new(move || {
+                *self.member.write().unwrap_or_else(PoisonError::into_inner) = member;
+            }))
+        };
+        Some(ready())
     }
 
     fn own_options(&self) -> Map<String, Value> {

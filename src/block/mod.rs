@@ -36,6 +36,7 @@ pub mod perm;
 pub mod quorum;
 pub mod raw;
 mod reopen;
+pub mod reopen_options;
 pub mod serial;
 pub mod snapshot;
 pub mod stats;

@@ -16,6 +16,7 @@ pub use super::node_options::{DetectZeroes, NodeOptions};
 use super::driver::{Driver, Extent, ExtentKind, Flags, Limits, Preallocation};
 use super::filename::ByHeader;
 use super::node_options::{LimitsCell, OptionsCell};
+use super::open::Asked;
 use super::serial::Serial;
 use crate::sys::buf::AlignedBuf;
 use crate::sys::iov::{Iov, IovMut};
@@ -100,6 +101,7 @@ pub struct Node {
     threshold_hook: Mutex<Option<ThresholdHook>>,
     pub(super) bitmaps: Arc<Bitmaps>,
     by_header: Mutex<Option<ByHeader>>,
+    asked: Mutex<Asked>,
 }
 
 impl Node {
@@ -125,6 +127,7 @@ impl Node {
             threshold_hook: Mutex::new(None),
             bitmaps,
             by_header: Mutex::new(None),
+            asked: Mutex::default(),
         })
     }
 
@@ -219,11 +222,25 @@ impl Node {
         self.options.get()
     }
 
-    /// It is reopened: other options, and other limits of its driver. Only the graph does this, with
-    /// the gates above closed.
-    pub(super) fn reopened(&self, options: NodeOptions) {
+    /// It is reopened with other options. Only the graph does this, with the gates above closed.
+    pub(super) fn set_options(&self, options: NodeOptions) {
         self.options.set(options);
+    }
+
+    /// It has been reopened: its driver may have other limits. Only the graph does this, with the
+    /// gates above closed.
+    pub(super) fn refresh_limits(&self) {
         self.limits.set(self.driver.limits());
+    }
+
+    /// What it was asked to be when it was opened, or last reopened.
+    pub(super) fn asked(&self) -> Asked {
+        self.asked.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Sets [`Node::asked`].
+    pub(super) fn set_asked(&self, asked: Asked) {
+        *self.asked.lock().unwrap_or_else(PoisonError::into_inner) = asked;
     }
 
     /// How the image's header led to its backing file, if it did.

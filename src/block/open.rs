@@ -20,6 +20,7 @@ use super::throttle::Group;
 use crate::bail;
 use crate::error::{Error, Result};
 use crate::event::Events;
+use serde_json::{Map, Value};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -49,7 +50,28 @@ pub struct Common {
     pub detect_zeroes: Option<DetectZeroes>,
 }
 
+/// What a node was asked to be.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Asked {
+    /// As given, before anything is inherited.
+    pub common: Common,
+    /// The node that it was defined with, as its child.
+    pub owner: Option<String>,
+    /// All options as they were given, the driver's own among them; empty when nobody knows.
+    pub given: Map<String, Value>,
+}
+
 impl Common {
+    /// What follows from these options, and those of the node's parent if it was defined with that
+    /// (`true`: as its backing file).
+    pub(super) fn with_parent(&self, parent: Option<(&NodeOptions, bool)>) -> Result<NodeOptions> {
+        let mut common = self.clone();
+        if let Some((parent, backing)) = parent {
+            common.inherit(parent, backing);
+        }
+        common.resolve()
+    }
+
     fn resolve(&self) -> Result<NodeOptions> {
         let options = NodeOptions {
             read_only: self.read_only.unwrap_or(false),
@@ -160,7 +182,23 @@ pub trait Env {
 /// Opens a node and what it holds inline. Nobody uses it yet: attach a handle, or
 /// [`own`](Graph::own) it, before anything else is opened or deleted.
 pub fn open(graph: &mut Graph, env: &dyn Env, plan: Plan) -> Result<Arc<Node>> {
-    open_node(graph, env, plan, Vec::new(), 1)
+    open_node(graph, env, plan, None, Vec::new(), 1)
+}
+
+/// Notes how `node` was asked for, and what is defined with it: what may change when it is reopened
+/// follows from that.
+pub fn remember(node: &Arc<Node>, given: &Map<String, Value>) {
+    node.set_asked(Asked { given: given.clone(), ..node.asked() });
+    for edge in node.driver.edges() {
+        // `children.2` is in a list.
+        let value = match edge.role.split_once('.') {
+            Some((list, n)) => n.parse::<usize>().ok().and_then(|n| given.get(list)?.get(n)),
+            None => given.get(&edge.role),
+        };
+        if let (Some(Value::Object(given)), Some(child)) = (value, edge.node()) {
+            remember(&child, given);
+        }
+    }
 }
 
 /// `blockdev-add`: opens a node that stays until it is deleted.
@@ -174,6 +212,8 @@ fn open_node(
     graph: &mut Graph,
     env: &dyn Env,
     plan: Plan,
+    // Whose child it is, with that one's options, and whether as its backing file.
+    parent: Option<(&str, &NodeOptions, bool)>,
     chain: Vec<(u64, u64)>,
     depth: usize,
 ) -> Result<Arc<Node>> {
@@ -187,7 +227,8 @@ fn open_node(
         }
         None => graph.auto_name(),
     };
-    let options = plan.common.resolve()?;
+    let options = plan.common.with_parent(parent.map(|(_, options, backing)| (options, backing)))?;
+    let asked = Asked { common: plan.common, owner: parent.map(|p| p.0.to_string()), given: Map::new() };
     graph.begin(&name);
     let mut cx = Opening { graph, env, name, options, age: None, chain, depth, by_header: None };
     let opened = plan.driver.open(&mut cx);
@@ -197,6 +238,7 @@ fn open_node(
     let done = opened.and_then(|driver| {
         let node = Node::new(name.clone(), driver, options);
         node.set_by_header(by_header);
+        node.set_asked(asked);
         match graph.insert(node.clone(), age) {
             Ok(()) => Ok(node),
             Err(e) => {
@@ -288,9 +330,9 @@ impl Opening<'_> {
                 let lost = format!("Cannot find device='{name}' nor node-name='{name}'");
                 node.ok_or_else(|| Error::new(lost))?
             }
-            Child::New(mut plan) => {
-                plan.common.inherit(&self.options, role == "backing");
-                open_node(self.graph, self.env, *plan, chain, self.depth + 1)?
+            Child::New(plan) => {
+                let parent = (self.name.as_str(), &self.options, role == "backing");
+                open_node(self.graph, self.env, *plan, Some(parent), chain, self.depth + 1)?
             }
         };
         if let Some(id) = node.driver.file_id()

@@ -8,6 +8,7 @@ use super::driver::{Driver, Extent, ExtentKind, Flags, ImageInfo, Limits, Perm, 
 use super::node::{Edge, Node, errno};
 use super::open::{Child, Open, Opening};
 use super::perm;
+use super::reopen_options::{Ready, Reopening};
 use crate::bail;
 use crate::error::Result;
 use crate::sys::iov::{Iov, IovMut};
@@ -178,6 +179,15 @@ impl Driver for Raw {
         let below = self.file.node().map(|n| n.driver.info()).unwrap_or_default();
         let ImageInfo { actual_size, cluster_size, dirty, .. } = below;
         ImageInfo { actual_size, cluster_size, dirty, ..ImageInfo::default() }
+    }
+
+    fn reopen<'a>(&'a self, how: &Reopening) -> Option<Result<Ready<'a>>> {
+        let ready = || -> Result<Ready<'a>> {
+            let (offset, size) = (how.take_size("offset")?, how.take_size("size")?);
+            Window::check(offset, size, self.file.peek(Node::len).unwrap_or(0))?;
+            Ok(Box::new(move || self.window.set(offset, size)))
+        };
+        Some(ready())
     }
 
     fn own_options(&self) -> Map<String, Value> {

@@ -26,27 +26,41 @@ impl Graph {
         }
         let mut all = vec![node.clone()];
         self.storage_of(node, read_only, &mut all);
-        // The node itself first: what it holds in memory goes to files that are still writable.
-        for (n, one) in all.iter().enumerate() {
-            if let Err(e) = one.driver.set_read_only(read_only) {
-                turn_back(&all[..n], read_only);
-                begin_again(&all[..n], read_only);
+        let turned: Vec<_> = all.into_iter().map(|n| (n, read_only)).collect();
+        self.turn(&turned, |graph| graph.refresh(), |_| {})
+    }
+
+    /// Makes each of these nodes, parents before their children, read-only (`true`) or writable,
+    /// and then does `f`, which checks the permissions. If anything fails, nothing has changed: `undo`
+    /// is called if it was later than `f`.
+    pub(super) fn turn(
+        &mut self,
+        nodes: &[(Arc<Node>, bool)],
+        f: impl FnOnce(&mut Graph) -> Result<()>,
+        undo: impl FnOnce(&mut Graph),
+    ) -> Result<()> {
+        // Parents first: what they hold in memory goes to files that are still writable.
+        for (n, (node, read_only)) in nodes.iter().enumerate() {
+            if let Err(e) = node.driver.set_read_only(*read_only) {
+                turn_back(&nodes[..n]);
                 return Err(e.into());
             }
         }
-        all.iter().for_each(|n| n.mark_read_only(read_only));
-        let mut done = self.refresh();
-        if done.is_ok() && !read_only {
-            let begun: std::io::Result<()> = all.iter().rev().try_for_each(|n| n.driver.begin_writing());
-            done = begun.map_err(Into::into);
+        nodes.iter().for_each(|(n, read_only)| n.mark_read_only(*read_only));
+        let mut done = f(self);
+        if done.is_ok() {
+            let mut writable = nodes.iter().rev().filter(|(_, read_only)| !read_only);
+            done = writable.try_for_each(|(n, _)| n.driver.begin_writing().map_err(Into::into));
+            if done.is_err() {
+                undo(self);
+            }
         }
         if done.is_err() {
-            turn_back(&all, read_only);
-            all.iter().for_each(|n| n.mark_read_only(!read_only));
+            turn_back(nodes);
+            nodes.iter().for_each(|(n, read_only)| n.mark_read_only(!read_only));
             if let Err(e) = self.refresh() {
                 log::error!("the permissions of before could not be had again: {e}");
             }
-            begin_again(&all, read_only);
         }
         done
     }
@@ -65,19 +79,10 @@ impl Graph {
     }
 }
 
-fn turn_back(nodes: &[Arc<Node>], read_only: bool) {
-    for node in nodes {
+fn turn_back(nodes: &[(Arc<Node>, bool)]) {
+    for (node, read_only) in nodes {
         if let Err(e) = node.driver.set_read_only(!read_only) {
             log::error!("node '{}' does not turn back: {e}", node.name);
-        }
-    }
-}
-
-/// Those that were to turn read-only are writable again: what they wrote for that is out of date.
-fn begin_again(nodes: &[Arc<Node>], read_only: bool) {
-    for node in nodes.iter().rev().filter(|_| read_only) {
-        if let Err(e) = node.driver.begin_writing() {
-            log::error!("node '{}' should not be written to: {e}", node.name);
         }
     }
 }

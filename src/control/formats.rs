@@ -18,14 +18,16 @@ use crate::block::null::{BlockdevOptionsNull, NullPlan};
 use crate::block::open::{Backing, Child, Common, Env, Open, PassedFd, Plan};
 use crate::block::quorum::{QuorumPlan, QuorumReadPattern};
 use crate::block::raw::RawPlan;
+use crate::block::reopen_options::{Wanted, WantedChild};
 use crate::block::throttle::Group;
 use crate::error::{Error, Result};
 use crate::nbd::driver::{BlockdevOptionsNbd, NbdPlan};
 use crate::nbd::uri;
-use crate::qapi::{self, Flat, Null, Wire};
+use crate::qapi::{self, Flat, Null, Object, Rest, Wire};
 use crate::qcow2::{self, plan::Qcow2Plan};
 use crate::sys::fdset::FdSets;
 use crate::{wire_alternate, wire_enum, wire_struct, wire_union};
+use serde_json::Value;
 use std::cell::RefCell;
 use std::sync::Arc;
 
@@ -286,21 +288,17 @@ fn bytes(name: &str, n: Option<i64>) -> Result<Option<u64>> {
 
 /// From `blockdev-add`'s arguments to what `block/open.rs` opens.
 pub fn plan(options: BlockdevOptions) -> Result<Plan> {
-    let common = Common {
+    let common = CommonOptions {
         node_name: options.node_name,
-        unmap: options.discard.map(|d| d == BlockdevDiscardOptions::Unmap),
-        direct: options.cache.as_ref().and_then(|c| c.direct),
-        no_flush: options.cache.as_ref().and_then(|c| c.no_flush),
-        writeback: options.cache.as_ref().and_then(|c| c.writeback),
+        discard: options.discard,
+        cache: options.cache,
         read_only: options.read_only,
         auto_read_only: options.auto_read_only,
         force_share: options.force_share,
-        detect_zeroes: options.detect_zeroes.map(|d| match d {
-            BlockdevDetectZeroesOptions::Off => DetectZeroes::Off,
-            BlockdevDetectZeroesOptions::On => DetectZeroes::On,
-            BlockdevDetectZeroesOptions::Unmap => DetectZeroes::Unmap,
-        }),
+        detect_zeroes: options.detect_zeroes,
+        rest: Rest::default(),
     };
+    let common = common.common();
     let name = options.driver.word();
     let driver: Box<dyn Open> = match options.driver {
         BlockdevDriver::Blkdebug(o) => Box::new(BlkdebugPlan { image: child(o.image)?, options: o.base.0 }),
@@ -353,6 +351,77 @@ pub fn plan(options: BlockdevOptions) -> Result<Plan> {
         }),
     };
     Ok(Plan { common, driver })
+}
+
+wire_struct! {
+    /// The options that every node has, beside its driver's.
+    struct CommonOptions {
+        /// Its name.
+        "node-name" node_name: Option<String>,
+        /// As in [`BlockdevOptions`].
+        discard: Option<BlockdevDiscardOptions>,
+        /// As there.
+        cache: Option<BlockdevCacheOptions>,
+        /// As there.
+        "read-only" read_only: Option<bool>,
+        /// As there.
+        "auto-read-only" auto_read_only: Option<bool>,
+        /// As there.
+        "force-share" force_share: Option<bool>,
+        /// As there.
+        "detect-zeroes" detect_zeroes: Option<BlockdevDetectZeroesOptions>,
+        /// The driver, and what it has of its own.
+        rest: Rest,
+    }
+}
+
+impl CommonOptions {
+    fn common(self) -> Common {
+        Common {
+            node_name: self.node_name,
+            unmap: self.discard.map(|d| d == BlockdevDiscardOptions::Unmap),
+            direct: self.cache.as_ref().and_then(|c| c.direct),
+            no_flush: self.cache.as_ref().and_then(|c| c.no_flush),
+            writeback: self.cache.as_ref().and_then(|c| c.writeback),
+            read_only: self.read_only,
+            auto_read_only: self.auto_read_only,
+            force_share: self.force_share,
+            detect_zeroes: self.detect_zeroes.map(|d| match d {
+                BlockdevDetectZeroesOptions::Off => DetectZeroes::Off,
+                BlockdevDetectZeroesOptions::On => DetectZeroes::On,
+                BlockdevDetectZeroesOptions::Unmap => DetectZeroes::Unmap,
+            }),
+        }
+    }
+}
+
+/// From one entry of `blockdev-reopen`'s argument, which is known to be a `BlockdevOptions`, to what
+/// `block/reopen_options.rs` does.
+pub fn wanted(given: Object) -> Result<Wanted> {
+    let common = CommonOptions::take(Value::Object(given.clone()), &qapi::Path::Root)?.common();
+    let mut children = Vec::new();
+    let mut add = |role: String, value: &Value| {
+        match value {
+            Value::Object(map) if map.contains_key("driver") => {
+                children.push((role, WantedChild::Options(Box::new(wanted(map.clone())?))));
+            }
+            Value::String(name) if !(role == "backing" && name.is_empty()) => {
+                children.push((role, WantedChild::Node(name.clone())));
+            }
+            Value::String(_) | Value::Null => children.push((role, WantedChild::Nothing)),
+            _ => {}
+        }
+        Ok::<(), Error>(())
+    };
+    for (role, value) in &given {
+        match value {
+            Value::Array(list) => {
+                list.iter().enumerate().try_for_each(|(n, v)| add(format!("{role}.{n}"), v))?;
+            }
+            value => add(role.clone(), value)?,
+        }
+    }
+    Ok(Wanted { common, given, children })
 }
 
 /// A format that stands on one file: its driver name, and the driver with default options.

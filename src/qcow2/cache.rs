@@ -73,6 +73,12 @@ impl Cache {
         self.capacity = self.capacity.max(capacity);
     }
 
+    /// From now on `capacity` pages may be kept (at least 8). Those that are too many go as others
+    /// come.
+    pub fn set_capacity(&mut self, capacity: usize) {
+        self.capacity = capacity.max(8);
+    }
+
     /// The page at file offset `offset`, if it is here.
     pub fn get(&mut self, offset: u64) -> Option<&[u8]> {
         let slot = &mut self.slots[*self.map.get(&offset)?];

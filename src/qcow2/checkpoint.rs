@@ -315,7 +315,7 @@ impl Qcow2 {
         drop(meta);
         *self.decompressed.lock().unwrap_or_else(PoisonError::into_inner) = None;
         let punch = || {
-            for l in last.iter().filter(|l| l.punch && self.punch) {
+            for l in last.iter().filter(|l| l.punch && self.punch.load(Ordering::Relaxed)) {
                 // A hint: a file system that cannot is no error.
                 if let Err(e) = file.discard(l.first << bits, l.count << bits) {
                     log::debug!("qcow2: discard in the image file: {e}");

@@ -8,7 +8,7 @@ use super::bitmap_dir::Stored;
 use super::crypt::{Payload, SECTOR};
 use super::header;
 use super::meta::{Map, Meta};
-use super::open::Options;
+use super::open::{self, Options};
 use crate::block::bitmaps::Bitmaps;
 use crate::block::debug::BlkdebugEvent;
 use crate::block::driver::{
@@ -17,12 +17,17 @@ use crate::block::driver::{
 };
 use crate::block::node::Edge;
 use crate::block::perm;
+use crate::block::reopen_options::{Ready, Reopening};
+use crate::error::Result;
 use crate::sys::iov::{Iov, IovMut};
 use serde_json::{Map as Object, Value, json};
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
+
+/// Seconds after which unused pages are given up, unless `cache-clean-interval` says otherwise.
+const CLEAN_INTERVAL: u64 = 600;
 
 impl Qcow2 {
     pub(super) fn new(
@@ -41,7 +46,7 @@ impl Qcow2 {
             geo: meta.geo,
             crypt,
             read_only: AtomicBool::new(options.read_only),
-            punch: options.pass_discard_request.unwrap_or(true),
+            punch: AtomicBool::new(options.pass_discard_request.unwrap_or(true)),
             size: AtomicU64::new(size),
             meta: Mutex::new(meta),
             changed: Condvar::new(),
@@ -53,10 +58,7 @@ impl Qcow2 {
             decompressed: Mutex::new(None),
             bitmaps: Arc::default(),
             bug: options.bug,
-            clean_interval: match options.cache_clean_interval.unwrap_or(600) {
-                0 => None,
-                seconds => Some(Duration::from_secs(seconds)),
-            },
+            clean_interval: AtomicU64::new(options.cache_clean_interval.unwrap_or(CLEAN_INTERVAL)),
             on_corrupt: options.on_corrupt,
         }
     }
@@ -97,7 +99,10 @@ impl Qcow2 {
 
     /// Gives up pages that were not used since the last time, if that was long ago.
     fn clean_caches(&self, now: Instant) -> Option<Instant> {
-        let interval = self.clean_interval?;
+        let interval = match self.clean_interval.load(Ordering::Relaxed) {
+            0 => return None,
+            seconds => Duration::from_secs(seconds),
+        };
         let mut meta = self.lock();
         let due = meta.cleaned.checked_add(interval)?;
         if now < due {
@@ -285,6 +290,33 @@ impl Driver for Qcow2 {
             dirty: Some(h.incompatible & header::INCOMPAT_DIRTY != 0),
             specific: Some(("qcow2", data)),
         }
+    }
+
+    fn reopen<'a>(&'a self, how: &Reopening) -> Option<Result<Ready<'a>>> {
+        let ready = || -> Result<Ready<'a>> {
+            let options = Options {
+                cache_size: how.take_size("cache-size")?,
+                l2_cache_size: how.take_size("l2-cache-size")?,
+                l2_cache_entry_size: how.take_size("l2-cache-entry-size")?,
+                refcount_cache_size: how.take_size("refcount-cache-size")?,
+                pass_discard_request: how.take("pass-discard-request").and_then(Value::as_bool),
+                cache_clean_interval: how.take_size("cache-clean-interval")?,
+                ..Options::default()
+            };
+            let (l2, refs, most) = open::cache_sizes(&self.lock().header, &options)?;
+            Ok(Box::new(move || {
+                let page = self.geo.page_size();
+                let mut meta = self.lock();
+                meta.l2.set_capacity((l2 / page) as usize);
+                meta.refs.set_capacity((refs / page) as usize);
+                meta.l2_most = most;
+                drop(meta);
+                let seconds = options.cache_clean_interval.unwrap_or(CLEAN_INTERVAL);
+                self.clean_interval.store(seconds, Ordering::Relaxed);
+                self.punch.store(options.pass_discard_request.unwrap_or(true), Ordering::Relaxed);
+            }))
+        };
+        Some(ready())
     }
 
     fn set_read_only(&self, read_only: bool) -> io::Result<()> {

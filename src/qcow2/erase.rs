@@ -118,7 +118,7 @@ impl Qcow2 {
         }
         if self.raw_data() {
             // What it holds then is what the disk holds: zeroes, or nothing is done.
-            return match self.punch {
+            return match self.punch.load(Ordering::Relaxed) {
                 true => self.zero_raw(off, len, Flags::MAY_UNMAP | Flags::NO_FALLBACK),
                 false => Err(not_supported()),
             };
@@ -196,7 +196,7 @@ impl Qcow2 {
     fn punch_outside(&self, parts: &[Range<u64>], how: Erase) {
         let Ok(data) = self.data() else { return };
         let have = data.len();
-        for r in parts.iter().filter(|r| r.start < have && self.punch) {
+        for r in parts.iter().filter(|r| r.start < have && self.punch.load(Ordering::Relaxed)) {
             let len = r.end.min(have) - r.start;
             // Until the next checkpoint the disk's tables say that the data are there: if the guest
             // wants zeroes it must not be anything else.

@@ -79,7 +79,6 @@ use mutant::Mutant;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 /// An open image. See the module's head.
 pub struct Qcow2 {
@@ -90,7 +89,7 @@ pub struct Qcow2 {
     crypt: Option<crypt::Payload>,
     read_only: AtomicBool,
     /// Space freed by guest requests goes back to the file system.
-    punch: bool,
+    punch: AtomicBool,
     /// Virtual size in bytes; changed only under exclusive use.
     size: AtomicU64,
     meta: Mutex<Meta>,
@@ -107,8 +106,8 @@ pub struct Qcow2 {
     awaited: AtomicBool,
     /// The cluster that was decompressed last, by its offset in the file.
     decompressed: Mutex<Option<(u64, Arc<[u8]>)>>,
-    /// How long a page may stay unused; `None`: for ever.
-    clean_interval: Option<Duration>,
+    /// For how many seconds a page may stay unused; 0: for ever.
+    clean_interval: AtomicU64,
     /// The node's bitmaps; the persistent ones are stored here.
     bitmaps: Arc<Bitmaps>,
     bug: Option<Mutant>,

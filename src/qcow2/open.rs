@@ -196,7 +196,7 @@ fn refuse(text: &str) -> io::Error {
 
 /// Sizes of L2 and refcount cache in bytes, by QEMU's rules, and what the L2 cache may become when
 /// the disk grows.
-fn cache_sizes(header: &Header, o: &Options) -> io::Result<(u64, u64, u64)> {
+pub(super) fn cache_sizes(header: &Header, o: &Options) -> io::Result<(u64, u64, u64)> {
     let invalid = |text: &str| Err(io::Error::new(io::ErrorKind::InvalidInput, text));
     let geo = header.geometry();
     // What the L2 tables of the whole disk take.

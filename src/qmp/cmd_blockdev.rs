@@ -2,7 +2,7 @@
 //!
 //! Owns: their form and QEMU's texts. Never: formats' insides. Threads: control. Locks: none.
 
-use super::schema::Cx;
+use super::schema::{Cx, Object, Path, Ty, Value, Wire};
 use crate::block::graph::Parent;
 use crate::block::node::Node;
 use crate::block::open;
@@ -18,7 +18,14 @@ commands! {
 
     /// Opens a node of the block graph, with the nodes that it defines inline. It stays until
     /// `blockdev-del`.
-    "blockdev-add" => blockdev_add(BlockdevOptions) -> ();
+    "blockdev-add" => blockdev_add(Given) -> ();
+
+    /// Gives nodes other options while they are used: all of them, or none. What is left out gets its
+    /// default, but a backing file must be said.
+    "blockdev-reopen" | "x-blockdev-reopen" => blockdev_reopen {
+        /// For each node all options that it shall have.
+        options: Vec<Given>,
+    } -> ();
 
     /// Closes a node of `blockdev-add` that nobody uses, with the inner nodes that only it used.
     "blockdev-del" | "x-blockdev-del" => blockdev_del {
@@ -57,7 +64,30 @@ commands! {
     } -> ();
 }
 
-fn blockdev_add(cx: &mut Cx, options: BlockdevOptions) -> Result<()> {
+/// A node's options, and the same as they were given.
+struct Given(BlockdevOptions, Object);
+
+impl Wire for Given {
+    const TY: Ty = BlockdevOptions::TY;
+
+    fn take(v: Value, at: &Path) -> Result<Given> {
+        let given = v.as_object().cloned().unwrap_or_default();
+        Ok(Given(BlockdevOptions::take(v, at)?, given))
+    }
+
+    fn give(self) -> Value {
+        Value::Object(self.1)
+    }
+}
+
+fn blockdev_reopen(cx: &mut Cx, options: Vec<Given>) -> Result<()> {
+    let list: Vec<_> = options.into_iter().map(|g| formats::wanted(g.1)).collect::<Result<_>>()?;
+    let vm = &mut *cx.vm;
+    vm.graph.reopen(&Formats::new(&mut vm.fds, &vm.objects), &list)
+}
+
+fn blockdev_add(cx: &mut Cx, given: Given) -> Result<()> {
+    let Given(options, given) = given;
     // A format without a name is of some use (QEMU 2.8's manual adds one); it is found by its
     // automatic name. A bare protocol is most likely a mistake.
     let bare = matches!(
@@ -72,7 +102,8 @@ fn blockdev_add(cx: &mut Cx, options: BlockdevOptions) -> Result<()> {
         return Err(Error::new("'node-name' must be specified for the root node"));
     }
     let plan = formats::plan(options)?;
-    open::add(&mut cx.vm.graph, &Formats::new(&mut cx.vm.fds, &cx.vm.objects), plan)?;
+    let node = open::add(&mut cx.vm.graph, &Formats::new(&mut cx.vm.fds, &cx.vm.objects), plan)?;
+    open::remember(&node, &given);
     Ok(())
 }
 
