@@ -385,7 +385,7 @@ struct Known {
 struct Run {
     start: Vec<u8>,
     log: Vec<Op>,
-    known: Vec<(String, Vec<u32>, Vec<(usize, Vec<(u64, u64)>)>)>,
+    known: Vec<Known>,
 }
 
 /// Sessions of writes, bitmaps that come and go, closes.
@@ -467,7 +467,6 @@ fn record(rng: &mut Rng, bug: Option<Mutant>) -> Run {
         node.driver.close().expect("close");
     }
     known.append(&mut gone);
-    let known = known.into_iter().map(|k| (k.name, k.base, k.stored)).collect();
     Run { start, log: disk.log.lock().unwrap().take().unwrap(), known }
 }
 
@@ -494,8 +493,8 @@ fn judge(run: &Run, bytes: Vec<u8>, point: usize, say: &str, qemu: Option<&Dir>)
     for b in image.bitmaps().unwrap().all().iter().filter(|b| !b.inconsistent()) {
         good += 1;
         let name = b.name().unwrap();
-        let (_, base, stored) =
-            run.known.iter().find(|k| k.0 == name).unwrap_or_else(|| panic!("{say}: {name}?"));
+        let known = run.known.iter().find(|k| k.name == name);
+        let Known { base, stored, .. } = known.unwrap_or_else(|| panic!("{say}: {name}?"));
         for (s, bytes) in got.chunks_exact(512).enumerate() {
             let id = id_of(bytes, s as u64);
             assert!(
@@ -634,6 +633,57 @@ fn broken_directories_do_no_harm() {
             let _ = node.driver.close();
         }
     }
+}
+
+/// Two bitmaps in one place: nobody writes to such an image.
+#[test]
+fn tables_in_one_place_are_refused() {
+    let disk = fresh(&CreateOptions { size: 1 << 20, ..CreateOptions::default() });
+    let node = guest(&disk, Options::default());
+    persistent(&node, "a", 4096).mark(0, 1);
+    persistent(&node, "b", 4096).mark(0, 1);
+    node.driver.close().unwrap();
+    let good = disk.copy();
+    let dir = minivmm::qcow2::header::Header::parse(&good).unwrap().bitmaps.unwrap().offset as usize;
+    let word = |at: usize| u64::from_be_bytes(good[at..at + 8].try_into().unwrap()) as usize;
+    let (a, b) = (word(dir), word(dir + 32));
+    let data = word(a);
+    // A table on a table, data on data, on a table, on the header's cluster, on the refcount table.
+    for (at, value) in [(dir + 32, a), (b, data), (b, a), (b, dir), (b, word(48)), (dir + 32, word(40))] {
+        let mut bytes = good.clone();
+        bytes[at..at + 8].copy_from_slice(&(value as u64).to_be_bytes());
+        let disk = Disk::new(bytes.clone());
+        let e = open_image(&disk, None, Options::default()).err().expect("refused").to_string();
+        assert!(e.contains("metadata overlap") || e.contains("is not possible"), "{e}");
+        assert!(disk.copy() == bytes, "it was written to");
+    }
+}
+
+/// As many bitmaps as there may be open and close in no time.
+#[test]
+fn the_most_bitmaps() {
+    let disk = fresh(&CreateOptions { size: 1 << 20, cluster_size: 512, ..CreateOptions::default() });
+    let image = open_image(&disk, None, Options::default()).unwrap();
+    let list: Vec<_> =
+        (0..65535).map(|n| Bitmap::new(Some(&n.to_string()), 65536, 1 << 20).unwrap()).collect();
+    list.iter().for_each(|b| b.set_persistent(true));
+    list[7].mark(0, 1);
+    image.bitmaps().unwrap().fill(list);
+    let e = image.stored_bitmaps().unwrap().can_store("x", 512).unwrap_err().to_string();
+    assert_eq!(e, "Maximum number of persistent bitmaps is already reached");
+    // Not all of them here: a test build takes its time.
+    let most = image.bitmaps().unwrap();
+    most.all().iter().skip(10_000).for_each(|b| b.set_persistent(false));
+    let began = Instant::now();
+    image.close().unwrap();
+    let image = open_image(&disk, None, Options::default()).unwrap();
+    assert_eq!(image.bitmaps().unwrap().all().len(), 10_000);
+    assert_eq!(image.bitmaps().unwrap().find("7").unwrap().count(), 65536);
+    image.close().unwrap();
+    let report = image.check().unwrap();
+    assert_eq!((report.errors.len(), report.leaks), (0, 0), "{report:?}");
+    eprintln!("{:?}", began.elapsed());
+    assert!(began.elapsed() < Duration::from_secs(30));
 }
 
 /// 8 bytes of table stand for 2 MiB of bits: that is bounded.

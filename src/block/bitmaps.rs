@@ -57,6 +57,13 @@ impl Bitmaps {
         Ok(())
     }
 
+    /// Adds those that an image has, whose names differ, to an empty list.
+    pub fn fill(&self, bitmaps: Vec<Arc<Bitmap>>) {
+        let mut list = self.write();
+        list.extend(bitmaps);
+        self.any.store(!list.is_empty(), Ordering::SeqCst);
+    }
+
     /// Takes one away.
     pub fn remove(&self, bitmap: &Arc<Bitmap>) {
         let mut list = self.write();

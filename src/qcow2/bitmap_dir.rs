@@ -9,6 +9,7 @@ use super::meta::read_padded;
 use super::types::{Geometry, OFFSET_MASK, be32, be64};
 use crate::block::bitmap::MAX_NAME;
 use crate::block::node::Node;
+use std::collections::HashSet;
 use std::io;
 
 /// Most bitmaps of an image.
@@ -104,6 +105,7 @@ pub fn read(file: &Node, geo: &Geometry, len: u64, ext: &BitmapsExt) -> io::Resu
     let mut bytes = vec![0; ext.size as usize];
     read_padded(file, ext.offset, &mut bytes)?;
     let mut list: Vec<Stored> = Vec::new();
+    let mut names = HashSet::new();
     let mut rest = bytes.as_slice();
     while !rest.is_empty() {
         let broken = || bad("Broken bitmap directory");
@@ -134,6 +136,9 @@ pub fn read(file: &Node, geo: &Geometry, len: u64, ext: &BitmapsExt) -> io::Resu
                     != u64::from(entries));
         if wrong {
             return Err(unfit());
+        }
+        if !names.insert(name) {
+            return Err(bad(format!("Bitmap already exists: {shown}")));
         }
         let name = String::from_utf8(name.to_vec()).map_err(|_| unfit())?;
         list.push(Stored { table, entries, in_use, auto: flags & AUTO != 0, granularity_bits, name });

@@ -65,6 +65,8 @@ fn what_cannot_be_is_refused() {
     assert_eq!(put(17, &[32]), unfit, "too coarse");
     assert_eq!(put(18, &[8, 0]), "Broken bitmap directory", "name longer than the directory");
     assert_eq!(put(20, &[0, 0, 0, 1]), "Bitmap extra data is not supported");
+    let e = read_back(|dir, _| dir.copy_within(..32, 32)).unwrap_err().to_string();
+    assert_eq!(e, "Bitmap already exists: a");
     let e = read_back(|_, ext| ext.size = 0).unwrap_err().to_string();
     assert_eq!(e, "Requested bitmap directory size is zero");
     let e = read_back(|_, ext| ext.size = u64::MAX).unwrap_err().to_string();

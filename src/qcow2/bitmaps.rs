@@ -29,6 +29,7 @@ use super::types::OFFSET_MASK;
 use crate::block::bitmap::{Bitmap, Refuse};
 use crate::block::driver::StoredBitmaps;
 use crate::block::node::Node;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -65,6 +66,7 @@ impl Qcow2 {
                 ));
             }
         }
+        let mut bitmaps = Vec::with_capacity(list.len());
         for stored in &list {
             let says = |e: crate::error::Error| invalid(e.desc);
             let bitmap = Bitmap::new(Some(&stored.name), 1 << stored.granularity_bits, len).map_err(says)?;
@@ -76,8 +78,9 @@ impl Qcow2 {
                 self.load_data(&file, stored, &bitmap)?;
             }
             bitmap.set_read_only(self.read_only());
-            self.bitmaps.push(bitmap).map_err(says)?;
+            bitmaps.push(bitmap);
         }
+        self.bitmaps.fill(bitmaps);
         Ok(())
     }
 
@@ -147,9 +150,11 @@ impl Qcow2 {
         let mut list = self.lock().stored.clone();
         let mut taken = Taken::default();
         let mut old: Vec<Stored> = Vec::new();
+        let at: HashMap<String, usize> = (0..).zip(&list).map(|(n, s)| (s.name.clone(), n)).collect();
         let mut done = Ok(());
         for bitmap in &due {
-            done = self.store_one(bitmap, &mut list, &mut old, &mut taken);
+            let entry = at.get(bitmap.name().unwrap_or_default());
+            done = self.store_one(bitmap, entry.copied(), &mut list, &mut old, &mut taken);
             if done.is_err() {
                 break;
             }
@@ -165,6 +170,7 @@ impl Qcow2 {
     fn store_one(
         &self,
         bitmap: &Arc<Bitmap>,
+        entry: Option<usize>,
         list: &mut Vec<Stored>,
         old: &mut Vec<Stored>,
         taken: &mut Taken,
@@ -198,7 +204,7 @@ impl Qcow2 {
             granularity_bits: bitmap.granularity().ilog2() as u8,
             name: name.to_string(),
         };
-        match list.iter_mut().find(|s| s.name == name) {
+        match entry.and_then(|at| list.get_mut(at)) {
             Some(entry) => old.push(std::mem::replace(entry, new)),
             None => list.push(new),
         }
@@ -354,8 +360,9 @@ impl Qcow2 {
 
     /// Whether the disk may get another length: a bitmap that cannot be used cannot follow.
     pub(super) fn bitmaps_may_resize(&self) -> io::Result<()> {
-        let list = self.lock().stored.clone();
-        let mut known = list.iter().filter_map(|s| self.bitmaps.find(&s.name));
+        let stored: HashSet<String> = self.lock().stored.iter().map(|s| s.name.clone()).collect();
+        let list = self.bitmaps.all();
+        let mut known = list.iter().filter(|b| b.name().is_some_and(|n| stored.contains(n)));
         known.try_for_each(|b| b.check(Refuse::Change)).map_err(|e| invalid(e.desc))
     }
 }
