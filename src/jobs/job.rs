@@ -275,7 +275,11 @@ impl Shared {
         let spawned = thread::spawn(name, thread::IO_STACK, move || {
             let Some(mut work) = take(&mine) else { return };
             let cx = JobCtx { shared };
-            let run = || cx.pause_point().and_then(|()| work.run(&cx));
+            let run = || {
+                // A cancel that came already is the work's to find: it says how much there was to do.
+                let _ = cx.pause_point();
+                work.run(&cx)
+            };
             let done = catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|panic| {
                 let text = thread::panic_text(&*panic);
                 log::error!("a job's thread failed: {text}");

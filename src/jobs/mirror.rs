@@ -34,7 +34,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The most that is copied in one piece, in bytes.
 const PIECE: u64 = 1 << 20;
@@ -229,9 +229,12 @@ impl Mirror {
             self.dirty.mark(0, len);
             return Ok(());
         }
-        let mut off = 0;
+        let (mut off, begun) = (0, Instant::now());
         while off < len {
-            cx.pause_point()?;
+            // What takes a moment only is found out even for a job that is cancelled at once.
+            if begun.elapsed() > Duration::from_millis(20) {
+                cx.pause_point()?;
+            }
             let found = src.inside(|_| layers::find(&images, off, len - off));
             let (found, n) = match found {
                 Ok(found) => found,
