@@ -45,6 +45,7 @@ fn kinds() -> Vec<CreateEncrypt> {
         (192, Mode::Xts, IvGen::Plain64),
         (128, Mode::Cbc, IvGen::Plain),
         (256, Mode::Cbc, IvGen::Plain64),
+        (128, Mode::Cbc, IvGen::Essiv),
         (256, Mode::Cbc, IvGen::Essiv),
         (256, Mode::Xts, IvGen::Essiv),
         (256, Mode::Xts, IvGen::Plain),
@@ -646,6 +647,84 @@ fn the_way_through_qmp() {
         q.run("object-del", json!({"id": "s"})).unwrap();
         q.run("blockdev-del", json!({"node-name": "n"})).unwrap();
         q.run("object-add", json!({"qom-type": "secret", "id": "s", "data": PASSWORD})).unwrap();
+    }
+}
+
+#[test]
+fn blockdev_create_makes_encrypted_images() {
+    let dir = Dir::new("luks-create");
+    let mut q = Qmp(Vm::new(Settings::default()).unwrap(), Conn::new());
+    q.run("object-add", json!({"qom-type": "secret", "id": "s", "data": PASSWORD})).unwrap();
+    let make = |q: &mut Qmp, name: &str, encrypt: Value| {
+        let path = dir.path(name);
+        std::fs::write(&path, "").unwrap();
+        let file = json!({"driver": "file", "filename": path});
+        let options = json!({"driver": "qcow2", "size": 1 << 20, "file": file, "encrypt": encrypt});
+        q.run("blockdev-create", json!({"job-id": "j", "options": options}))?;
+        let end = Instant::now() + Duration::from_secs(60);
+        let job = loop {
+            q.0.take_events();
+            let jobs = q.run("query-jobs", json!({})).unwrap();
+            if jobs[0]["status"] == "concluded" {
+                break jobs[0].clone();
+            }
+            assert!(Instant::now() < end, "{jobs}");
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        q.run("job-dismiss", json!({"id": "j"})).unwrap();
+        match job.get("error") {
+            Some(error) => Err(error.as_str().unwrap().to_string()),
+            None => Ok(file),
+        }
+    };
+    for (encrypt, format) in [
+        (
+            json!({"format": "luks", "key-secret": "s", "iter-time": 5, "cipher-alg": "aes-128", "cipher-mode": "cbc",
+                "ivgen-alg": "essiv", "hash-alg": "sha512"}),
+            "luks",
+        ),
+        (json!({"format": "qcow", "key-secret": "s"}), "aes"),
+    ] {
+        let file = make(&mut q, format, encrypt).unwrap();
+        let key = json!({"format": format, "key-secret": "s"});
+        q.run("blockdev-add", json!({"driver": "qcow2", "node-name": "n", "file": file, "encrypt": key}))
+            .unwrap();
+        let shown = q.run("query-named-block-nodes", json!({"flat": true})).unwrap();
+        let node = shown.as_array().unwrap().iter().find(|n| n["node-name"] == "n").unwrap();
+        let info = &node["image"]["format-specific"]["data"]["encrypt"];
+        assert_eq!(info["format"], format);
+        if format == "luks" {
+            assert_eq!(
+                (
+                    &info["cipher-alg"],
+                    &info["cipher-mode"],
+                    &info["ivgen-alg"],
+                    &info["ivgen-hash-alg"],
+                    &info["hash-alg"]
+                ),
+                (&json!("aes-128"), &json!("cbc"), &json!("essiv"), &json!("sha256"), &json!("sha512"))
+            );
+        }
+        q.run("blockdev-del", json!({"node-name": "n"})).unwrap();
+    }
+    for (encrypt, want) in [
+        (json!({"format": "luks"}), "Parameter 'encrypt.key-secret' is required for cipher"),
+        (json!({"format": "luks", "key-secret": "nope"}), "No secret with id 'nope'"),
+        (
+            json!({"format": "luks", "key-secret": "s", "cipher-alg": "des"}),
+            "Parameter 'cipher-alg' does not accept value 'des'",
+        ),
+        (
+            json!({"format": "luks", "key-secret": "s", "iter-time": -1}),
+            "Parameter 'iter-time' expects a non-negative value",
+        ),
+        (
+            json!({"format": "luks", "key-secret": "s", "cipher-alg": "aes-192", "cipher-mode": "cbc"}),
+            "Algorithm 'aes-192' is not supported with cipher mode 'cbc'",
+        ),
+    ] {
+        let got = make(&mut q, "bad", encrypt).unwrap_err();
+        assert!(got.ends_with(want), "{got}");
     }
 }
 

@@ -121,7 +121,7 @@ pub fn base64(text: &[u8]) -> Result<Vec<u8>> {
     let Some(values) = digits.iter().map(|d| value(*d)).collect::<Option<Vec<u8>>>() else {
         bail!("Base64 data contains invalid characters");
     };
-    if padding > 2 || text.len() % 4 != 0 {
+    if padding > 2 || !text.len().is_multiple_of(4) {
         bail!("Base64 data is not complete");
     }
     let mut bytes = Vec::with_capacity(values.len() * 3 / 4);
@@ -141,7 +141,7 @@ fn decrypt(mut bytes: Vec<u8>, key: &Secret, iv: Option<&str>) -> Result<Vec<u8>
     let Ok(iv) = iv.as_slice().try_into() else {
         bail!("IV should be 16 bytes in length not {}", iv.len());
     };
-    if bytes.len() % 16 != 0 {
+    if !bytes.len().is_multiple_of(16) {
         bail!("Length {} must be a multiple of block size 16", bytes.len());
     }
     cbc_decrypt(key, iv, &mut bytes)?;

@@ -45,26 +45,41 @@ impl Patience {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Hasher(pub Hash);
 
-/// Runs a generic function with the type of a hash.
+/// Evaluates an expression with `$D` as the type of a hash.
 macro_rules! with {
-    ($hash:expr, $f:ident($($arg:expr),*)) => {
+    ($hash:expr, $D:ident => $value:expr) => {
         match $hash {
-            Hash::Sha1 => $f::<Sha1, Hmac<Sha1>>($($arg),*),
-            Hash::Sha224 => $f::<Sha224, Hmac<Sha224>>($($arg),*),
-            Hash::Sha256 => $f::<Sha256, Hmac<Sha256>>($($arg),*),
-            Hash::Sha384 => $f::<Sha384, Hmac<Sha384>>($($arg),*),
-            Hash::Sha512 => $f::<Sha512, Hmac<Sha512>>($($arg),*),
+            Hash::Sha1 => {
+                type $D = Sha1;
+                $value
+            }
+            Hash::Sha224 => {
+                type $D = Sha224;
+                $value
+            }
+            Hash::Sha256 => {
+                type $D = Sha256;
+                $value
+            }
+            Hash::Sha384 => {
+                type $D = Sha384;
+                $value
+            }
+            Hash::Sha512 => {
+                type $D = Sha512;
+                $value
+            }
         }
     };
 }
 
-fn digest<D: Digest, M>(parts: &[&[u8]]) -> Vec<u8> {
+fn digest<D: Digest>(parts: &[&[u8]]) -> Vec<u8> {
     let mut d = D::new();
     parts.iter().for_each(|p| d.update(p));
     d.finalize().to_vec()
 }
 
-fn derive<D, M: Mac + KeyInit + Clone>(
+fn derive<M: Mac + KeyInit + Clone>(
     password: &[u8],
     salt: &[u8],
     iterations: u32,
@@ -111,7 +126,7 @@ impl Hasher {
 
     /// The digest of the parts, one after the other.
     pub fn digest(self, parts: &[&[u8]]) -> Vec<u8> {
-        with!(self.0, digest(parts))
+        with!(self.0, D => digest::<D>(parts))
     }
 
     /// PBKDF2 with HMAC. Errors: it would take too long.
@@ -123,7 +138,7 @@ impl Hasher {
         out: &mut [u8],
         patience: &Patience,
     ) -> io::Result<()> {
-        with!(self.0, derive(password, salt, iterations, out, patience))
+        with!(self.0, D => derive::<Hmac<D>>(password, salt, iterations, out, patience))
     }
 
     /// How many iterations for `len` bytes take `time` on this machine.
