@@ -171,7 +171,8 @@ fn work(link: &Arc<Link>) {
             Ok(Some(request)) => {
                 drop(rx);
                 link.relieve();
-                if link.perform(&request, &mut out).and_then(|()| out.flush()).is_err() {
+                if let Err(e) = link.perform(&request, &mut out).and_then(|()| out.flush()) {
+                    log::debug!("NBD: a client's replies cannot be sent: {e}");
                     return link.line.cut();
                 }
             }
@@ -179,7 +180,8 @@ fn work(link: &Arc<Link>) {
                 // The client has left, or what it sends makes no sense. Others finish what they
                 // have in hand.
                 rx.over = true;
-                if other.is_err() {
+                if let Err(e) = other {
+                    log::debug!("NBD: a client's connection ends: {e}");
                     link.line.cut();
                 }
                 return;

@@ -5,12 +5,13 @@
 //! On a machine that does other things as well, start, fleet and qmp are best run in a real-time class
 //! (`chrt -f 10 just bench start fleet qmp`): else they measure the others.
 //!
-//!     cargo bench --bench bench -- [start|memory|fleet|qmp|disk|qcow2|jobs] … [rounds=N]
+//!     cargo bench --bench bench -- [start|memory|fleet|qmp|disk|qcow2|jobs|nbd] … [rounds=N]
 
 mod disk;
 mod fleet;
 mod jobs;
 mod memory;
+mod nbd;
 mod qcow2;
 mod qmp;
 mod start;
@@ -35,6 +36,7 @@ fn main() {
         ("disk", disk::run),
         ("qcow2", qcow2::run),
         ("jobs", jobs::run),
+        ("nbd", nbd::run),
     ] {
         if names.is_empty() || names.contains(&name) {
             println!("== {name}");
