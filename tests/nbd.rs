@@ -376,13 +376,17 @@ impl Drop for Server {
 /// Runs a server and waits until its socket takes connections.
 fn server(socket: &Path, tool: &str, args: &[&str]) -> Server {
     let _ = std::fs::remove_file(socket);
-    let child = Command::new(tool).args(args).stdin(Stdio::null()).spawn().unwrap();
-    let server = Server(child);
-    let start = Instant::now();
+    let start = || Server(Command::new(tool).args(args).stdin(Stdio::null()).spawn().unwrap());
+    let (mut server, begin) = (start(), Instant::now());
     // It says hello, then; a client that leaves at once is no news to it.
     while UnixStream::connect(socket).is_err() {
-        assert!(start.elapsed() < LIMIT, "{tool} {args:?} does not listen");
+        assert!(begin.elapsed() < LIMIT, "{tool} {args:?} does not listen");
         std::thread::sleep(Duration::from_millis(10));
+        if let Some(status) = server.0.try_wait().unwrap() {
+            eprintln!("{tool} ended at once ({status}); once more");
+            let _ = std::fs::remove_file(socket);
+            server = start();
+        }
     }
     server
 }

@@ -271,6 +271,11 @@ impl Nbd {
         loop {
             let client = self.client(until)?;
             match f(&client) {
+                // It says that it is about to go: what comes after it may serve us.
+                Ok(Err(e)) if e.raw_os_error() == Some(libc::ESHUTDOWN) && !self.delay.is_zero() => {
+                    client.hang_up();
+                    self.lost(&client);
+                }
                 Ok(done) => return done,
                 Err(Broken) => self.lost(&client),
             }

@@ -230,6 +230,32 @@ fn a_server_that_does_not_answer_holds_up_no_end() {
 }
 
 #[test]
+fn a_server_that_goes_is_lost_or_its_word_is_passed_on() {
+    for (delay, want) in [(20, None), (0, Some(libc::ESHUTDOWN))] {
+        let dir = Scratch::new(&format!("nbd-goes{delay}"));
+        let path = dir.path("s");
+        let first = AtomicBool::new(true);
+        puppet(&path, move |mut s| {
+            let code = if first.swap(false, Ordering::SeqCst) { ESHUTDOWN } else { 0 };
+            let mut request = [0; Request::SIZE];
+            while s.read_exact(&mut request).is_ok() {
+                let mut reply = simple_reply(be64(&request, 8), code).to_vec();
+                if code == 0 && request[7] == 0 {
+                    reply.extend([7; 512]);
+                }
+                s.write_all(&reply).unwrap();
+            }
+        });
+        let mut graph = Graph::new();
+        let node = client(&mut graph, &path, json!({"reconnect-delay": delay})).unwrap();
+        let read = node.read(0, &mut IovMut::from_slice(&mut [0; 512]));
+        assert_eq!(read.err().and_then(|e| e.raw_os_error()), want);
+        drop(node);
+        graph.close_all();
+    }
+}
+
+#[test]
 fn a_server_that_talks_nonsense_is_left() {
     let dir = Scratch::new("nbd-mad");
     let seed = seed("nonsense");
