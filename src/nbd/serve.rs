@@ -27,7 +27,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Threads of a connection.
-const WORKERS: usize = 16;
+const WORKERS: usize = 32;
 /// Bytes that are received at a time, beyond long payloads.
 const RECEIVE: usize = 64 << 10;
 /// A request that takes longer is slow.

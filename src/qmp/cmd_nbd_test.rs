@@ -64,7 +64,7 @@ fn the_texts_of_servers_and_exports() {
     assert_eq!(q.err("block-export-add", same), "NBD server already has export named 'x'");
     // Read-only nodes are made read-only exports by the old command.
     q.ok("nbd-server-add", json!({"device": "ro", "writable": true}));
-    assert_eq!(q.err("block_resize", json!({"node-name": "n", "size": 4096})).contains("resize"), true);
+    assert!(q.err("block_resize", json!({"node-name": "n", "size": 4096})).contains("resize"));
     assert_eq!(q.err("blockdev-del", json!({"node-name": "n"})), "Node n is in use");
     assert_eq!(q.err("block-export-del", json!({"id": "no"})), "Export 'no' is not found");
     q.ok("nbd-server-stop", json!({}));

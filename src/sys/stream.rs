@@ -157,7 +157,7 @@ mod tests {
     fn scattered_bytes_arrive_in_order_although_the_buffers_are_small() {
         let (a, b) = UnixStream::pair().unwrap();
         let (a, b) = (Stream::new(a.into()).unwrap(), Stream::new(b.into()).unwrap());
-        let bytes: Vec<u8> = (0..1_500_000u32).map(|n| (n * 7 >> 3) as u8).collect();
+        let bytes: Vec<u8> = (0..1_500_000u32).map(|n| ((n * 7) >> 3) as u8).collect();
         let sent = bytes.clone();
         let sender = std::thread::spawn(move || {
             // More pieces than one call takes, of uneven lengths.
