@@ -178,7 +178,7 @@ impl DriveOptions {
 }
 
 /// The node that QEMU takes for a file name: `json:{…}` is its options, `file:` may stand before a
-/// path, and a block device is one.
+/// path, and a block device is one; `blkdebug:RULES:FILE` and `blkverify:RAW:FILE` are for tests.
 pub fn named(name: &str) -> Result<Value> {
     if let Some(text) = name.strip_prefix("json:") {
         return match serde_json::from_str(text) {
@@ -189,6 +189,22 @@ pub fn named(name: &str) -> Result<Value> {
     }
     let path = match name.split_once(':') {
         Some(("file", path)) => path,
+        Some(("blkdebug", rest)) => {
+            let Some((config, image)) = rest.split_once(':') else {
+                bail!("blkdebug requires both config file and image path");
+            };
+            let mut node = json!({ "driver": "blkdebug", "image": named(image)? });
+            if !config.is_empty() {
+                node["config"] = config.into();
+            }
+            return Ok(node);
+        }
+        Some(("blkverify", rest)) => {
+            let Some((raw, test)) = rest.split_once(':') else {
+                bail!("blkverify requires raw copy and original image path");
+            };
+            return Ok(json!({ "driver": "blkverify", "raw": named(raw)?, "test": named(test)? }));
+        }
         Some((protocol, _)) if !protocol.contains('/') => bail!("Unknown protocol '{protocol}'"),
         _ => name,
     };

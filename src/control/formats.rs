@@ -3,6 +3,7 @@
 //! A new driver is a file with an [`Open`], and a row here. Owns: the table. Never: guests, QMP's
 //! connections. Threads: control. Locks: none.
 
+use super::drive_options::named;
 use super::encrypt_options::BlockdevQcow2Encryption;
 use super::json_name;
 use super::objects::Objects;
@@ -468,6 +469,9 @@ impl Env for Formats<'_> {
         if uri::PROTOCOLS.contains(&driver) {
             let driver = Box::new(NbdPlan::Name(filename.into()));
             return Some(Plan { common: Common::default(), driver });
+        }
+        if ["blkdebug", "blkverify"].contains(&driver) {
+            return named(filename).and_then(|options| self.parse(options)).ok();
         }
         let name = ["file", "host_device"].into_iter().find(|n| *n == driver)?;
         let driver = Box::new(FilePlan::new(name, filename));

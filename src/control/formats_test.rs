@@ -75,3 +75,37 @@ fn negative_windows_are_refused() {
     let e = plan(options).err().unwrap();
     assert_eq!(e.desc, "Value '-1' is out of range for parameter 'offset'");
 }
+
+#[test]
+fn names_with_the_prefix_of_a_driver_for_tests() {
+    let dir = Scratch::new("formats-prefix");
+    let (a, b) = (dir.file("a", 4096), dir.file("b", 4096));
+    let rules = dir.path("rules");
+    std::fs::write(&rules, "[inject-error]\nevent = \"none\"\niotype = \"write\"\n").unwrap();
+    let mut fds = FdSets::new();
+    let objects = Objects::default();
+    let env = Formats::new(&mut fds, &objects);
+    let mut graph = Graph::new();
+    for (name, driver, fails) in [
+        (format!("blkdebug::{a}"), "blkdebug", false),
+        (format!("blkdebug:{rules}:{a}"), "blkdebug", true),
+        (format!("blkverify:{a}:{b}"), "blkverify", false),
+        (format!("blkverify:{a}:blkdebug:{rules}:{b}"), "blkverify", true),
+    ] {
+        let node = open::open(&mut graph, &env, open::from_file_name(&env, &name).unwrap()).unwrap();
+        assert_eq!((node.driver.name(), node.len()), (driver, 4096), "{name}");
+        assert_eq!(node.driver.filename(), name);
+        let user = graph.attach(Some(node), Default::default()).unwrap();
+        let done =
+            user.write(0, &crate::sys::iov::Iov::from_slice(&[0; 512]), crate::block::driver::Flags::NONE);
+        assert_eq!(done.is_err(), fails, "{name}");
+        graph.detach(&user);
+    }
+    for (name, want) in [
+        ("blkdebug:x", "blkdebug requires both config file and image path"),
+        ("blkverify:x", "blkverify requires raw copy and original image path"),
+        ("blkdebug::nope:x", "Unknown protocol 'nope'"),
+    ] {
+        assert_eq!(named(name).unwrap_err().desc, want);
+    }
+}
