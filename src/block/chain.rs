@@ -53,6 +53,18 @@ pub fn contents(node: &Node, off: u64, len: u64) -> io::Result<Contents> {
     }
 }
 
+/// True when nothing lies behind an image, now or once it is opened as its header says: what it does
+/// not hold are zeroes.
+pub fn stands_alone(image: &Node) -> bool {
+    let below = image.filtered();
+    let image = below.as_deref().unwrap_or(image);
+    if image.driver.filtered().is_some() {
+        return stands_alone(image);
+    }
+    let backing = image.driver.edges().into_iter().find(|e| e.role == "backing");
+    backing.and_then(|e| e.node()).is_none() && image.driver.info().backing_filename.is_none()
+}
+
 #[cfg(test)]
 #[path = "chain_test.rs"]
 mod tests;

@@ -205,11 +205,8 @@ impl Copies {
         if !found.zero {
             return Ok(0);
         }
-        let there = chain::contents(&target, off, found.len).map_err(CopyError::Target)?;
-        if !there.zero {
-            return Ok(0);
-        }
-        let stop = off + there.len.min(found.len);
+        let there = stays_zero(&target, off, found.len).map_err(CopyError::Target)?;
+        let stop = off + there.min(found.len);
         let stop = if stop >= end { end } else { stop & !(self.options.cluster - 1) };
         if stop <= off {
             return Ok(0);
@@ -235,7 +232,7 @@ impl Copies {
             n => n.next_multiple_of(cluster).min(len),
         };
         if found.zero && n <= found.len {
-            if !reads_zero(target, off, n).map_err(CopyError::Target)? {
+            if stays_zero(target, off, n).map_err(CopyError::Target)? < n {
                 target.zero(off, n, Flags::MAY_UNMAP).map_err(CopyError::Target)?;
             }
             return Ok(n);
@@ -248,10 +245,12 @@ impl Copies {
     }
 }
 
-/// True when `len` bytes at `off` of a target read as zeroes as they are.
-fn reads_zero(target: &Node, off: u64, len: u64) -> io::Result<bool> {
+/// How many of `len` bytes at `off` of a target read as zeroes and will go on doing so. What shows
+/// through from behind it may not: that may be the very disk.
+fn stays_zero(target: &Node, off: u64, len: u64) -> io::Result<u64> {
     let found = chain::contents(target, off, len)?;
-    Ok(found.zero && found.len >= len)
+    let own = found.depth == 1 || (found.depth == 0 && chain::stands_alone(target));
+    Ok(if found.zero && own { found.len } else { 0 })
 }
 
 /// See the module's head.

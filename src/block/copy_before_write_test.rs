@@ -159,7 +159,7 @@ fn a_target_may_stand_on_the_disk_itself() {
     let mut graph = Graph::new();
     let source = Mem::new(LEN);
     let state = source.state.clone();
-    state.data.lock().unwrap().fill(5);
+    state.data.lock().unwrap()[..16 * CLUSTER as usize].fill(5);
     let disk = Node::new("disk", Box::new(source), NodeOptions::default());
     graph.add(disk.clone()).unwrap();
     graph.own(&disk);
@@ -176,6 +176,10 @@ fn a_target_may_stand_on_the_disk_itself() {
     assert_eq!(byte, [5]);
     overlay.read(CLUSTER, &mut IovMut::from_slice(&mut byte)).unwrap();
     assert_eq!(byte, [5]);
+    // Zeroes that only show through from the disk are gone once it is written.
+    guest.write(20 * CLUSTER, &Iov::from_slice(&[9; 100]), Flags::NONE).unwrap();
+    overlay.read(20 * CLUSTER, &mut IovMut::from_slice(&mut byte)).unwrap();
+    assert_eq!(byte, [0]);
     graph.remove_filter(&filter).unwrap();
 }
 

@@ -154,11 +154,20 @@ pub struct Mirror {
     /// The target was read-only before.
     turn_back: bool,
     synced: Arc<AtomicBool>,
+    /// The target has a backing file that is not there yet.
+    bare: bool,
 }
 
 impl Mirror {
     /// Puts the filter in and attaches to both sides.
-    pub fn new(graph: &mut Graph, plan: Plan) -> Result<Mirror> {
+    pub fn new(graph: &mut Graph, mut plan: Plan) -> Result<Mirror> {
+        let image = plan.target.clone().skip_filters();
+        // Its backing file comes later: a cluster that it has only a part of would hide the rest.
+        let bare = layers::backing(&image).is_none() && !chain::stands_alone(&image);
+        if bare {
+            let cluster = image.driver.info().cluster_size.unwrap_or(0).next_power_of_two();
+            plan.granularity = plan.granularity.max(u32::try_from(cluster).unwrap_or(0));
+        }
         let dirty = Bitmap::new(None, plan.granularity, plan.source.len())?;
         let turn_back = plan.target.read_only();
         let mut mirror = Mirror {
@@ -172,6 +181,7 @@ impl Mirror {
             switch: false,
             turn_back,
             synced: Arc::default(),
+            bare,
         };
         match mirror.begin(graph) {
             Ok(()) => Ok(mirror),
@@ -187,7 +197,7 @@ impl Mirror {
         if *commit {
             graph.set_read_only(target, false)?;
         }
-        let active = self.plan.active.then(|| Active::new(target));
+        let active = self.plan.active.then(|| Active::new(target, self.bare));
         let name = self.plan.filter.as_deref();
         let options = mirror_top::Options { name, commit: *commit, active: active.clone() };
         let filter = mirror_top::insert(graph, source, &self.dirty, options)?;
@@ -257,7 +267,8 @@ impl Mirror {
     /// Makes a range of the target read as zeroes, if it does not.
     fn zero(&self, dst: &impl Side, off: u64, len: u64) -> io::Result<()> {
         let there = dst.contents(off, len)?;
-        if there.zero && there.len >= len {
+        let own = there.depth == 1 || !self.bare;
+        if there.zero && own && there.len >= len {
             return Ok(());
         }
         dst.zero(off, len, if self.plan.unmap { Flags::MAY_UNMAP } else { Flags::NONE })
@@ -492,14 +503,16 @@ impl Work for Mirror {
         graph.set_perm(&dst, Perm::NONE, Perm::ALL)?;
         let longer = target.len() != from.len();
         let backing = self.plan.backing.clone().zip(layers::backing_edge(&target));
-        let done = graph.edit(&quiesced, |edit| {
+        // Now the job's own handle as well, which is done.
+        let all = graph.quiesce(&[&self.plan.source, &from, &target], &[]);
+        let done = graph.edit(&all, |edit| {
             edit.replace(&from, &target, None)?;
             match &backing {
                 Some((below, edge)) => edit.set(edge, Some(below.clone())),
                 None => Ok(()),
             }
         });
-        drop(quiesced);
+        drop((all, quiesced));
         done?;
         if longer {
             graph.tell_length(&target);

@@ -10,7 +10,7 @@
 //! whoever has a turn waits for nothing but I/O.
 
 use crate::block::bitmap::Bitmap;
-use crate::block::driver::{Driver, Flags, Limits, Perm};
+use crate::block::driver::{Driver, ExtentKind, Flags, Limits, Perm};
 use crate::block::graph::Graph;
 use crate::block::node::{Edge, Node, NodeOptions};
 use crate::block::serial::Serial;
@@ -24,6 +24,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 /// The mode `write-blocking`: what the filter and the job share.
 pub struct Active {
     target: Arc<Edge>,
+    /// The target's backing file is not there yet: what it does not hold must be copied as a whole.
+    bare: bool,
     /// Who is at which bytes.
     pub turns: Serial,
     /// False: the job is at its end, and nothing goes to the target any more.
@@ -33,10 +35,11 @@ pub struct Active {
 }
 
 impl Active {
-    /// For a target.
-    pub fn new(target: &Arc<Node>) -> Arc<Active> {
+    /// For a target. `bare`: its backing file is not there yet.
+    pub fn new(target: &Arc<Node>, bare: bool) -> Arc<Active> {
         Arc::new(Active {
             target: Edge::new("target", Some(target.clone())),
+            bare,
             turns: Serial::default(),
             on: AtomicBool::new(true),
             failed: Mutex::default(),
@@ -46,6 +49,20 @@ impl Active {
     /// The target, for whoever has a ticket of a handle above the filter.
     pub fn target(&self) -> io::Result<Arc<Node>> {
         self.target.need()
+    }
+
+    /// True when the target holds all of `off..end`.
+    fn holds(&self, off: u64, end: u64) -> io::Result<bool> {
+        let target = self.target.need()?.skip_filters();
+        let mut at = off;
+        while at < end {
+            let extent = target.status(at, end - at)?;
+            if extent.kind == ExtentKind::Unallocated {
+                return Ok(false);
+            }
+            at += extent.len;
+        }
+        Ok(true)
     }
 
     /// Nothing goes to the target from now on. Nobody is above the filter then, or waits.
@@ -133,7 +150,12 @@ impl MirrorTop {
         let _turn = active.turns.enter(off, off + len, true);
         let done = change(&*self.file.need()?);
         // With the turn in hand the job clears nothing here: what is dirty all over it copies later.
-        if done.is_ok() && self.dirty.next_clean(off, off + len).is_some() {
+        let granule = self.dirty.granularity();
+        let whole = (off & !(granule - 1), (off + len).next_multiple_of(granule).min(self.len()));
+        if done.is_ok()
+            && self.dirty.next_clean(off, off + len).is_some()
+            && (!active.bare || active.holds(whole.0, whole.1).unwrap_or(false))
+        {
             match active.target.need().and_then(|target| change(&target)) {
                 Ok(()) => return done,
                 Err(e) => {

@@ -4,6 +4,7 @@
 //!
 //! `SEED=n` repeats a run, `SOAK=seconds` makes it long.
 
+use super::backup::{self, Backup, BackupSpec};
 use super::commit::{self, Commit};
 use super::layers;
 use super::mirror::{self, Mirror};
@@ -36,7 +37,7 @@ fn seed() -> u64 {
 }
 
 fn seconds() -> u64 {
-    std::env::var("SOAK").ok().and_then(|s| s.parse().ok()).unwrap_or(3)
+    std::env::var("SOAK").ok().and_then(|s| s.parse().ok()).unwrap_or(5)
 }
 
 fn name_of(node: &Node) -> String {
@@ -183,6 +184,60 @@ impl Desk {
         self.start(Kind::Commit, &chain, work)
     }
 
+    /// To a new image, which the guest is switched over to when the job is completed.
+    fn mirror(&mut self, disk: &Handle) -> JobKey {
+        let source = disk.node().unwrap();
+        let below = layers::backing(&source);
+        let (sync, backing) = match (self.rng.below(3), below) {
+            (0, Some(below)) => (mirror::Sync::Top(vec![source.clone()]), Some(below)),
+            (1, _) => (mirror::Sync::None, Some(source.clone())),
+            _ => (mirror::Sync::Full { zeroed: self.rng.below(2) == 0 }, None),
+        };
+        let target = self.image(source.len(), backing.as_ref());
+        let plan = mirror::Plan {
+            source: source.clone(),
+            target: target.clone(),
+            sync,
+            commit: false,
+            active: self.rng.below(2) == 0,
+            backing,
+            granularity: [4096, 65536][self.rng.below(2) as usize],
+            buf_size: 1 << 20,
+            unmap: true,
+            replaces: None,
+            on_source_error: OnError::Report,
+            on_target_error: OnError::Report,
+            filter: None,
+        };
+        let work = Box::new(Mirror::new(&mut self.graph, plan).unwrap());
+        self.graph.disown(&target);
+        self.start(Kind::Mirror, &[source, target], work)
+    }
+
+    /// To a new image: it, and what it is to hold: the disk as it is at the moment that the job begins.
+    fn backup(&mut self, disk: &Handle) -> (JobKey, Arc<Node>, Vec<u8>) {
+        let source = disk.node().unwrap();
+        let target = self.image(source.len(), None);
+        let quiet = self.graph.quiesce(&[&source], &[]);
+        let mut then = vec![0xee; SIZE as usize];
+        source.read(0, &mut IovMut::from_slice(&mut then)).unwrap();
+        let spec = BackupSpec {
+            source: source.clone(),
+            target: target.clone(),
+            sync: backup::Sync::Full,
+            bitmap: None,
+            compress: self.rng.below(3) == 0,
+            on_source_error: OnError::Report,
+            on_target_error: OnError::Report,
+            break_snapshot: false,
+            filter: ("before".into(), false),
+        };
+        let work = Box::new(Backup::new(&mut self.graph, spec).unwrap());
+        drop(quiet);
+        let key = self.start(Kind::Backup, &[source, target.clone()], work);
+        (key, target, then)
+    }
+
     /// Lets a job come to its end, with what a user may do to it on the way. How it ended.
     fn finish(&mut self, key: JobKey) -> &'static str {
         let begun = Instant::now();
@@ -276,11 +331,18 @@ impl Guest {
     }
 }
 
-/// How often what happened.
-type Counts = std::collections::BTreeMap<String, u32>;
-
-/// What has to happen.
-const WANTED: [&str; 4] = ["stream completed", "commit completed", "active commit completed", "snapshot"];
+/// What has not been seen yet.
+fn missing(counts: &std::collections::BTreeMap<String, u32>) -> Option<&'static str> {
+    let all = [
+        "stream completed",
+        "commit completed",
+        "active commit completed",
+        "mirror completed",
+        "backup completed",
+        "snapshot",
+    ];
+    all.into_iter().find(|what| !counts.contains_key(*what))
+}
 
 #[test]
 fn guests_never_see_what_jobs_do() {
@@ -327,13 +389,27 @@ fn guests_never_see_what_jobs_do() {
         // A failure here must let the guests end.
         let control = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             let end = Instant::now() + Duration::from_secs(seconds());
-            // Until each has been seen, on a machine that is busy.
-            let late = end + Duration::from_secs(30);
-            let all = |counts: &Counts| WANTED.iter().all(|w| counts.contains_key(*w));
-            while Instant::now() < end || (!all(&counts) && Instant::now() < late) {
+            // However slow the machine is, each kind of job has to end well once.
+            let last = end + Duration::from_secs(120);
+            while Instant::now() < end || (missing(&counts).is_some() && Instant::now() < last) {
                 let depth = layers::chain(disk.node().unwrap()).count();
-                let what = desk.rng.below(if depth > 6 { 3 } else { 6 });
+                let what = desk.rng.below(if depth > 6 { 5 } else { 8 });
                 let (name, key) = match what {
+                    3 => ("mirror", desk.mirror(&disk)),
+                    4 => {
+                        let (key, target, then) = desk.backup(&disk);
+                        let how = desk.finish(key);
+                        *counts.entry(format!("backup {how}")).or_default() += 1;
+                        desk.check_chain(&disk);
+                        let mut copy = vec![0xee; SIZE as usize];
+                        target.read(0, &mut IovMut::from_slice(&mut copy)).unwrap();
+                        let wrong = (0..copy.len()).find(|&i| copy[i] != then[i]);
+                        assert!(how == "cancelled" || wrong.is_none(), "the backup differs at {wrong:?}");
+                        desk.graph.disown(&target);
+                        drop(target);
+                        desk.graph.collect();
+                        continue;
+                    }
                     0 if depth > 1 => ("stream", desk.stream(&disk)),
                     1 if depth > 2 => ("commit", desk.commit(&disk)),
                     2 if depth > 1 => ("active commit", desk.commit_active(&disk)),
@@ -360,9 +436,7 @@ fn guests_never_see_what_jobs_do() {
         }
     });
     eprintln!("{} requests; {counts:?}", requests.load(SeqCst));
-    for what in WANTED {
-        assert!(counts.get(what).is_some_and(|n| *n > 0), "no {what}");
-    }
+    assert_eq!(missing(&counts), None);
     disk.read(0, &mut IovMut::from_slice(&mut whole)).unwrap();
     let images: Vec<_> = layers::chain(disk.node().unwrap()).map(|n| name_of(&n)).collect();
     desk.graph.close_all();
