@@ -371,7 +371,7 @@ fn guests_never_see_what_jobs_do() {
     let first: Vec<u8> = whole.chunks(SLOT as usize).map(|c| c[0]).collect();
     let stop = AtomicBool::new(false);
     let requests = AtomicU64::new(0);
-    let mut counts = Counts::new();
+    let mut counts = std::collections::BTreeMap::<String, u32>::new();
     std::thread::scope(|s| {
         let guests: Vec<_> = (0..GUESTS)
             .map(|id| {
