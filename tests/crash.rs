@@ -20,6 +20,8 @@ use minivmm::qcow2::mutant::Mutant;
 use minivmm::qcow2::open::Options;
 use minivmm::sys::iov::Iov;
 use powercut::{apply, cut};
+use std::collections::HashSet;
+use std::hash::{DefaultHasher, Hasher};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use support::*;
@@ -327,6 +329,8 @@ struct Judge<'a> {
     say: String,
     dir: Option<Dir>,
     states: u64,
+    /// Hashes of all of them, of all workloads.
+    seen: &'a mut HashSet<u64>,
     verbose: bool,
 }
 
@@ -361,6 +365,9 @@ impl Judge<'_> {
     /// Opens one state and holds it against what was promised at `point` of the log.
     fn state(&mut self, rng: &mut Rng, bytes: Vec<u8>, point: usize) {
         self.states += 1;
+        let mut hasher = DefaultHasher::new();
+        hasher.write(&bytes);
+        self.seen.insert(hasher.finish());
         let say = format!("{} point={point}", self.say);
         if let Some(dir) = &self.dir
             && self.states.is_multiple_of(97)
@@ -429,8 +436,8 @@ impl Judge<'_> {
     }
 }
 
-/// Every cut of one workload. Answers the number of states.
-fn cuts(seed: u64, threads: bool, qemu: bool, bug: Option<Mutant>) -> u64 {
+/// Every cut of one workload; notes the states. Answers how many there were.
+fn cuts(seed: u64, threads: bool, qemu: bool, bug: Option<Mutant>, seen: &mut HashSet<u64>) -> u64 {
     let mut rng = Rng::new(seed);
     let run = match threads {
         false => record(&mut rng, 60, bug),
@@ -438,7 +445,7 @@ fn cuts(seed: u64, threads: bool, qemu: bool, bug: Option<Mutant>) -> u64 {
     };
     let say = format!("SEED={seed} {:?} backing={}", run.options, run.under.is_some());
     let dir = qemu.then(|| Dir::new("crash"));
-    let mut judge = Judge { run: &run, say, dir, states: 0, verbose: bug.is_none() };
+    let mut judge = Judge { run: &run, say, dir, states: 0, seen, verbose: bug.is_none() };
     let mut synced = run.start.clone();
     let mut open: Vec<Op> = Vec::new();
     for (i, op) in run.log.iter().enumerate() {
@@ -469,12 +476,14 @@ fn cuts(seed: u64, threads: bool, qemu: bool, bug: Option<Mutant>) -> u64 {
 fn every_power_cut_leaves_a_good_image_with_all_that_was_flushed() {
     let (seed, until) = seed_and_time(Duration::from_secs(5));
     let qemu = have_qemu();
-    let (mut n, mut states) = (0, 0);
-    while n < 3 || Instant::now() < until {
-        states += cuts(seed + n, false, qemu, None);
+    let (mut n, mut states, mut seen) = (0, 0, HashSet::new());
+    // A soak has that many different ones, however slow the machine is.
+    let least = if std::env::var_os("SOAK").is_some() { 100_000 } else { 1 };
+    while n < 3 || seen.len() < least || Instant::now() < until {
+        states += cuts(seed + n, false, qemu, None, &mut seen);
         n += 1;
     }
-    eprintln!("{states} crash states of {n} workloads");
+    eprintln!("{states} crash states, {} different ones, of {n} workloads", seen.len());
 }
 
 /// The same with several threads at once. Not repeatable by its seed, for threads meet by chance.
@@ -482,12 +491,12 @@ fn every_power_cut_leaves_a_good_image_with_all_that_was_flushed() {
 fn power_cuts_under_several_threads() {
     let (seed, until) = seed_and_time(Duration::from_secs(4));
     let qemu = have_qemu();
-    let (mut n, mut states) = (0, 0);
+    let (mut n, mut states, mut seen) = (0, 0, HashSet::new());
     while n < 2 || Instant::now() < until {
-        states += cuts(seed + n, true, qemu, None);
+        states += cuts(seed + n, true, qemu, None, &mut seen);
         n += 1;
     }
-    eprintln!("{states} crash states of {n} workloads");
+    eprintln!("{states} crash states, {} different ones, of {n} workloads", seen.len());
 }
 
 /// The suite notices these bugs: each makes some state of some workload fail.
@@ -515,17 +524,18 @@ fn mutants_are_caught() {
         .filter(|(bug, _)| only.as_ref().is_none_or(|name| *name == format!("{bug:?}")))
         .filter(|(bug, first)| {
             let began = Instant::now();
-            let caught = (*first..first + span).find(|n| fails(|| _ = cuts(*n, false, false, Some(*bug))));
+            let caught = (*first..first + span)
+                .find(|n| fails(|| _ = cuts(*n, false, false, Some(*bug), &mut HashSet::new())));
             eprintln!("{bug:?}: caught by workload {caught:?}, {:?}", began.elapsed());
             if let Some(n) = caught {
                 // By the mutant, not by the workload itself.
-                cuts(n, false, false, None);
+                cuts(n, false, false, None, &mut HashSet::new());
             }
             caught.is_none()
         })
         .map(|(bug, _)| bug)
         .collect();
-    let alone = fails(|| _ = cuts(0, true, false, Some(Mutant::NoBarrier)));
+    let alone = fails(|| _ = cuts(0, true, false, Some(Mutant::NoBarrier), &mut HashSet::new()));
     let _ = std::panic::take_hook();
     assert!(alone, "not caught with several threads: NoBarrier");
     assert!(survivors.is_empty(), "not caught: {survivors:?}");

@@ -453,6 +453,13 @@ fn threads(seed: u64, steps: u64, bug: Option<Mutant>) {
 /// write of that one may be under another thread's write in place, and must not be written back.
 #[test]
 fn an_allocation_leaves_the_rest_of_a_neighbours_data_alone() {
+    assert!(leaves_the_rest_alone(None));
+    if cfg!(debug_assertions) {
+        assert!(!leaves_the_rest_alone(Some(Mutant::WriteBack)), "this test notices nothing");
+    }
+}
+
+fn leaves_the_rest_alone(bug: Option<Mutant>) -> bool {
     let o = CreateOptions {
         size: 64 << 10,
         cluster_size: 16 << 10,
@@ -460,20 +467,22 @@ fn an_allocation_leaves_the_rest_of_a_neighbours_data_alone() {
         ..CreateOptions::default()
     };
     let disk = fresh(&o);
-    let image = open_image(&disk, None, Options::default()).expect("open");
+    let image = open_image(&disk, None, Options { bug, ..Options::default() }).expect("open");
     write(&image, 512, &[1; 512]).expect("the second subcluster");
     let host = image.status(512, 512).expect("status").host_offset.expect("data");
     *disk.log.lock().unwrap() = Some(Vec::new());
     write(&image, 100, &[2; 500]).expect("the first, and a part of the second");
     let rest = host + 88..host + 512;
+    let mut alone = true;
     for op in disk.log.lock().unwrap().take().unwrap() {
         if let Op::Write(at, data) = op {
             let end = at + data.len() as u64;
-            assert!(end <= rest.start || rest.end <= at, "{at:#x}..{end:#x} covers {rest:x?}");
+            alone &= end <= rest.start || rest.end <= at;
         }
     }
     let expected: Vec<u8> = [vec![0; 100], vec![2; 500], vec![1; 424]].concat();
     assert_eq!(read(&image, 0, 1024).expect("read"), expected);
+    alone
 }
 
 /// Catches: overlapping allocations that do not wait for each other, a cluster punched or reused
@@ -500,9 +509,7 @@ fn slow_write_hits_nobody(bug: Option<Mutant>) -> bool {
     disk.hold.store(true, Ordering::SeqCst);
     std::thread::scope(|s| {
         let slow = s.spawn(|| write(&image, 0, &[HELD; 4096]));
-        while !disk.held.load(Ordering::SeqCst) {
-            std::thread::sleep(Duration::from_millis(1));
-        }
+        disk.wait_held();
         image.discard(0, 4096).expect("discard");
         for n in 1..64 {
             image.flush().expect("flush");
@@ -519,6 +526,117 @@ fn a_cluster_is_not_reused_while_a_request_is_at_it() {
     assert!(slow_write_hits_nobody(None));
     if cfg!(debug_assertions) {
         assert!(!slow_write_hits_nobody(Some(Mutant::NoGrace)), "this test notices nothing");
+    }
+}
+
+/// Small clusters of 4 KiB on an image of 1 MiB.
+fn simple(bug: Option<Mutant>) -> (Arc<Disk>, minivmm::qcow2::Qcow2) {
+    let o = CreateOptions { size: 1 << 20, cluster_size: 4096, ..CreateOptions::default() };
+    let disk = fresh(&o);
+    let image = open_image(&disk, None, Options { bug, ..Options::default() }).expect("open");
+    (disk, image)
+}
+
+/// Two writes allocate the same cluster, the first is slow. True when both are there in the end.
+fn overlapping_allocations_are_both_there(bug: Option<Mutant>) -> bool {
+    let (disk, image) = simple(bug);
+    disk.hold.store(true, Ordering::SeqCst);
+    std::thread::scope(|s| {
+        let slow = s.spawn(|| write(&image, 0, &[HELD; 2048]));
+        disk.wait_held();
+        let other = s.spawn(|| write(&image, 2048, &[2; 2048]));
+        // It waits for the first, or else is soon done.
+        let until = Instant::now() + Duration::from_millis(500);
+        while !other.is_finished() && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        disk.hold.store(false, Ordering::SeqCst);
+        slow.join().expect("thread").expect("the slow write");
+        other.join().expect("thread").expect("the other");
+    });
+    read(&image, 0, 4096).expect("read") == [[HELD; 2048], [2; 2048]].concat()
+}
+
+/// A write allocates a cluster that was used before, and is slow. True when readers see what was
+/// there before until it is done.
+fn readers_see_no_cluster_before_its_data(bug: Option<Mutant>) -> bool {
+    let (disk, image) = simple(bug);
+    write(&image, 4096, &[1; 4096]).expect("a cluster");
+    image.flush().expect("flush");
+    image.discard(4096, 4096).expect("discard");
+    image.flush().expect("flush");
+    disk.hold.store(true, Ordering::SeqCst);
+    std::thread::scope(|s| {
+        let slow = s.spawn(|| write(&image, 0, &[HELD; 4096]));
+        disk.wait_held();
+        let seen = read(&image, 0, 4096).expect("read");
+        disk.hold.store(false, Ordering::SeqCst);
+        slow.join().expect("thread").expect("the slow write");
+        seen.iter().all(|b| *b == 0)
+    })
+}
+
+/// Giving a freed cluster back to the file system is slow; others allocate meanwhile. True when their
+/// data are there in the end.
+fn a_slow_punch_hits_nobody(bug: Option<Mutant>) -> bool {
+    let (disk, image) = simple(bug);
+    write(&image, 0, &[1; 4096]).expect("a cluster");
+    image.flush().expect("flush");
+    image.discard(0, 4096).expect("discard");
+    disk.hold_discard.store(true, Ordering::SeqCst);
+    std::thread::scope(|s| {
+        let flush = s.spawn(|| image.flush());
+        disk.wait_held();
+        (1..64).for_each(|n| write(&image, n * 4096, &[2; 4096]).expect("another cluster"));
+        disk.hold_discard.store(false, Ordering::SeqCst);
+        flush.join().expect("thread").expect("flush");
+    });
+    read(&image, 4096, 63 * 4096).expect("read").iter().all(|b| *b == 2)
+}
+
+/// A write in place behind the end of the file, which must grow first; meanwhile the cluster is
+/// discarded and becomes someone else's. True when that one's data are there in the end.
+fn a_look_up_is_not_used_after_the_file_grew(bug: Option<Mutant>) -> bool {
+    let (disk, image) = simple(None);
+    write(&image, 0, &[1; 4096]).expect("a cluster");
+    image.close().expect("close");
+    // Only the data cluster is behind the cut.
+    let host = image.status(0, 4096).expect("status").host_offset.expect("data");
+    drop(image);
+    disk.bytes.lock().unwrap().truncate(host as usize);
+    let image = open_image(&disk, None, Options { bug, ..Options::default() }).expect("open");
+    std::thread::scope(|s| {
+        let slow = s.spawn(|| write(&image, 0, &[3; 4096]));
+        // The file's growth is the sign that it has looked.
+        let until = Instant::now() + Duration::from_secs(10);
+        while disk.copy().len() as u64 <= host && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        image.discard(0, 4096).expect("discard");
+        for n in 1..64 {
+            image.flush().expect("flush");
+            write(&image, n * 4096, &[2; 4096]).expect("another cluster");
+        }
+        slow.join().expect("thread").expect("the slow write");
+    });
+    read(&image, 4096, 63 * 4096).expect("read").iter().all(|b| *b == 2)
+}
+
+/// These need no luck: what must not happen would, each time.
+#[test]
+fn slow_requests_harm_nobody() {
+    type Case = (fn(Option<Mutant>) -> bool, Mutant);
+    let cases: [Case; 4] = [
+        (overlapping_allocations_are_both_there, Mutant::NoWait),
+        (readers_see_no_cluster_before_its_data, Mutant::LinkBeforeData),
+        (a_slow_punch_hits_nobody, Mutant::LatePunch),
+        (a_look_up_is_not_used_after_the_file_grew, Mutant::StaleLookup),
+    ];
+    for (case, mutant) in cases {
+        assert!(case(None), "without {mutant:?}");
+        if cfg!(debug_assertions) {
+            assert!(!case(Some(mutant)), "this test does not notice {mutant:?}");
+        }
     }
 }
 
@@ -590,32 +708,15 @@ fn mutants_are_caught() {
         return eprintln!("skipped: mutants exist only with debug assertions");
     }
     std::panic::set_hook(Box::new(|_| {}));
-    let alone = [Mutant::NoCopy, Mutant::StaleGrowth];
-    let mut shared = vec![Mutant::NoWait, Mutant::LatePunch, Mutant::LinkBeforeData];
-    // Seen here only when a request is slow at the right moment, seconds on one machine, minutes on
-    // another: for the long runs. (`a_cluster_is_not_reused_while_a_request_is_at_it` needs no luck.)
-    if std::env::var_os("SOAK").is_some() {
-        shared.push(Mutant::NoGrace);
-    }
+    // The mutants of several threads: `slow_requests_harm_nobody` and its neighbours.
     let mut survivors = Vec::new();
-    for (list, alone) in [(&alone[..], true), (&shared[..], false)] {
-        for bug in list {
-            // Threads meet by chance: try long.
-            let caught = (0..200).find(|seed| match alone {
-                true => fails(|| round(*seed, 150, false, Some(*bug))),
-                false => fails(|| threads(*seed, 400, Some(*bug))),
-            });
-            eprintln!("{bug:?}: caught by workload {caught:?}");
-            if let Some(seed) = caught {
-                // By the mutant, not by the workload itself.
-                match alone {
-                    true => round(seed, 150, false, None),
-                    false => threads(seed, 400, None),
-                }
-            }
-            if caught.is_none() {
-                survivors.push(bug);
-            }
+    for bug in [Mutant::NoCopy, Mutant::StaleGrowth] {
+        let caught = (0..200).find(|seed| fails(|| round(*seed, 150, false, Some(bug))));
+        eprintln!("{bug:?}: caught by workload {caught:?}");
+        match caught {
+            // By the mutant, not by the workload itself.
+            Some(seed) => round(seed, 150, false, None),
+            None => survivors.push(bug),
         }
     }
     let _ = std::panic::take_hook();

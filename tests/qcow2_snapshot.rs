@@ -7,6 +7,7 @@ mod support;
 use minivmm::block::driver::{Driver, Snapshot};
 use minivmm::qcow2::Qcow2;
 use minivmm::qcow2::create::CreateOptions;
+use minivmm::qcow2::mutant::Mutant;
 use minivmm::qcow2::open::Options;
 use std::io;
 use std::path::Path;
@@ -252,6 +253,42 @@ fn power_cuts_in_version_2() {
         }
         eprintln!("{what:?}: {errors} of {all} states need a repair");
         assert!(what != What::Apply || errors == 0, "applying needs no repair");
+    }
+}
+
+/// A power cut that keeps, of what was not synced, one write alone: the one that should have come
+/// last, too.
+fn one_write_alone(what: What, bug: Option<Mutant>) {
+    let (disk, contents) = start(3);
+    let states = states(what, &contents);
+    let mut synced = disk.copy();
+    *disk.log.lock().unwrap() = Some(Vec::new());
+    let image = open_image(&disk, None, Options { bug, ..Options::default() }).expect("open");
+    act(&image, what).expect("the operation");
+    drop(image);
+    let log = disk.log.lock().unwrap().take().unwrap();
+    let mut open: Vec<Op> = Vec::new();
+    for (i, op) in log.iter().enumerate() {
+        if !matches!(op, Op::Sync) {
+            open.push(op.clone());
+            continue;
+        }
+        for n in 0..open.len() {
+            let bytes = cut(&synced, &open, |i| i == n);
+            reopen(bytes, &states, &contents, &format!("{what:?}, of the sync at {i} write {n}"));
+        }
+        open.drain(..).for_each(|op| apply(&mut synced, &op));
+    }
+}
+
+#[test]
+fn no_write_is_on_disk_before_what_it_needs() {
+    ALL.into_iter().for_each(|what| one_write_alone(what, None));
+    if cfg!(debug_assertions) {
+        std::panic::set_hook(Box::new(|_| {}));
+        let noticed = fails(|| one_write_alone(What::Apply, Some(Mutant::MovedUnsynced)));
+        let _ = std::panic::take_hook();
+        assert!(noticed, "this test notices nothing");
     }
 }
 

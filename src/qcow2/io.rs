@@ -109,7 +109,11 @@ impl Meta {
         // A unit of ours that holds data is written in place, by anyone at any time: no part of it
         // may be copied and written back. The request's own part of it goes in place, too, next.
         let edge = data.end & !(geo.unit_size() - 1);
-        if ours && edge != data.end && last.data >> (geo.in_cluster(edge) >> geo.unit_bits()) & 1 != 0 {
+        if ours
+            && edge != data.end
+            && !self.has_bug(Mutant::WriteBack)
+            && last.data >> (geo.in_cluster(edge) >> geo.unit_bits()) & 1 != 0
+        {
             data.end = edge;
         }
         let write = off & !(unit(&first) - 1)..data.end.next_multiple_of(unit(&last));
@@ -249,7 +253,11 @@ impl Qcow2 {
                         drop(meta);
                         self.judge(result)?;
                         // Without the lock the cluster may have become someone else's.
-                        continue;
+                        if !self.has_bug(Mutant::StaleLookup) {
+                            continue;
+                        }
+                        std::thread::sleep(std::time::Duration::from_millis(300));
+                        meta = self.lock();
                     }
                     let using = self.using(&meta);
                     drop(meta);

@@ -31,6 +31,13 @@ pub enum Mutant {
     NoCopy,
     /// Growing does not clear what was behind the old end.
     StaleGrowth,
+    /// A write in place that had to make the file longer goes where it looked before that.
+    StaleLookup,
+    /// A write that ends in a unit that holds data copies the rest of it and writes that back.
+    WriteBack,
+    /// A moved L1 table is named by the header before it is on stable storage, if a flush came in
+    /// between.
+    MovedUnsynced,
     /// Stored bitmaps are not marked as in use before the image is written to.
     BitmapNotInUse,
     /// The header names a bitmap directory that is not on stable storage yet.

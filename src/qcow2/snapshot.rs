@@ -28,6 +28,7 @@
 
 use super::header::{INCOMPAT_DIRTY, MAX_L1_BYTES};
 use super::meta::{Meta, read_padded, write_all};
+use super::mutant::Mutant;
 use super::types::{COPIED, OFFSET_MASK, be32, be64};
 use super::{Exclusive, Qcow2};
 use crate::block::driver::Snapshot;
@@ -445,6 +446,10 @@ impl Qcow2 {
             l1.resize(need as usize, 0);
             self.change(&l1, Change::Raise)?;
             let (offset, clusters) = self.place_l1(need)?;
+            if self.has_bug(Mutant::MovedUnsynced) {
+                // What a guest's flush could do just now.
+                self.checkpoint(false)?;
+            }
             {
                 let mut meta = self.lock();
                 let clean = l1.iter().map(|e| e & !COPIED).collect();

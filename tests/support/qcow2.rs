@@ -66,6 +66,8 @@ pub struct Disk {
     /// them is on the disk, and those that begin with [`PANIC`] panic.
     pub hold: AtomicBool,
     pub held: AtomicBool,
+    /// While true, discards wait (and say so in `held`) before anything of them is done.
+    pub hold_discard: AtomicBool,
     /// How many bytes it can hold; 0: [`MOST`].
     pub most: AtomicU64,
 }
@@ -91,6 +93,15 @@ impl Disk {
             n => n,
         };
         if len > most { Err(io::Error::from_raw_os_error(libc::EFBIG)) } else { Ok(()) }
+    }
+
+    /// Waits until a request is held up.
+    pub fn wait_held(&self) {
+        let until = Instant::now() + Duration::from_secs(30);
+        while !self.held.load(Ordering::SeqCst) {
+            assert!(Instant::now() < until, "nothing is held up");
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     fn linger(&self) {
@@ -170,6 +181,10 @@ impl Driver for OnDisk {
         self.write(off, &Iov::from_slice(&zeroes), Flags::NONE)
     }
     fn discard(&self, off: u64, len: u64) -> io::Result<()> {
+        while self.0.hold_discard.load(Ordering::SeqCst) {
+            self.0.held.store(true, Ordering::SeqCst);
+            std::thread::sleep(Duration::from_millis(1));
+        }
         // Whoever reads what was discarded is to notice.
         let junk = vec![0xdd; len as usize];
         self.write(off, &Iov::from_slice(&junk), Flags::NONE)
