@@ -43,4 +43,5 @@ pub mod stats;
 #[cfg(test)]
 pub mod testing;
 pub mod throttle;
+pub mod timed;
 pub mod tray;

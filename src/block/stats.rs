@@ -1,8 +1,10 @@
 //! What a guest disk has done: the counters of `query-blockstats`.
 //!
-//! Owns: atomics. Threads: any. Locks: none.
+//! Owns: atomics. Threads: any. Locks: that of the intervals, if there are any, a leaf.
 
+use super::timed::{Summary, Timed};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 /// The kinds of request that are counted apart.
@@ -56,6 +58,15 @@ pub struct Stats {
     last: AtomicU64,
     account_invalid: AtomicBool,
     account_failed: AtomicBool,
+    /// There are intervals: so that a request need not lock to see that there are none.
+    timing: AtomicBool,
+    intervals: Mutex<Vec<Interval>>,
+}
+
+/// Latencies of the last so many seconds, of all but discards.
+struct Interval {
+    seconds: u64,
+    kinds: [Timed; 3],
 }
 
 impl Default for Stats {
@@ -66,6 +77,8 @@ impl Default for Stats {
             last: AtomicU64::new(0),
             account_invalid: AtomicBool::new(true),
             account_failed: AtomicBool::new(true),
+            timing: AtomicBool::new(false),
+            intervals: Mutex::default(),
         }
     }
 }
@@ -89,7 +102,30 @@ impl Stats {
             let now = self.clock();
             c.nanoseconds.fetch_add(now.saturating_sub(clock), Ordering::Relaxed);
             self.last.fetch_max(now.max(1), Ordering::Relaxed);
+            if self.timing.load(Ordering::Relaxed) {
+                let mut intervals = self.intervals.lock().unwrap_or_else(PoisonError::into_inner);
+                for timed in intervals.iter_mut().filter_map(|i| i.kinds.get_mut(kind as usize)) {
+                    timed.account(now.saturating_sub(clock), now);
+                }
+            }
         }
+    }
+
+    /// From now on statistics of the last `seconds` (at least 1) are kept, too.
+    pub fn add_interval(&self, seconds: u64) {
+        let (now, period) = (self.clock(), seconds.saturating_mul(1_000_000_000));
+        let kinds = std::array::from_fn(|_| Timed::new(period, now));
+        let mut intervals = self.intervals.lock().unwrap_or_else(PoisonError::into_inner);
+        intervals.push(Interval { seconds, kinds });
+        self.timing.store(true, Ordering::Relaxed);
+    }
+
+    /// For each interval its length in seconds, and what was seen of reads, writes and flushes.
+    pub fn timed(&self) -> Vec<(u64, [Summary; 3])> {
+        let now = self.clock();
+        let mut intervals = self.intervals.lock().unwrap_or_else(PoisonError::into_inner);
+        let one = |i: &mut Interval| (i.seconds, i.kinds.each_mut().map(|t| t.look(now)));
+        intervals.iter_mut().map(one).collect()
     }
 
     /// The device refused a request before it came to the block layer.

@@ -3,11 +3,14 @@
 //! Owns: the translation, the default names. Never: opens anything itself, knows a format. Threads:
 //! control. Locks: none.
 
+use super::drive_limits::DriveLimits;
 use super::formats::{BlockdevDetectZeroesOptions, BlockdevDiscardOptions, BlockdevOptions, Formats, plan};
 use super::vm::Vm;
 use crate::bail;
+use crate::block::filter_copy_on_read;
 use crate::block::graph::Graph;
 use crate::block::handle::{HandleSpec, OnError};
+use crate::block::node::{Node, NodeOptions};
 use crate::block::open;
 use crate::error::{Error, Result, strerror};
 use crate::qapi::{Path, Rest, Wire};
@@ -16,6 +19,7 @@ use crate::{wire_enum, wire_struct};
 use serde_json::{Map, Value, json};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::sync::Arc;
 
 wire_enum! {
     /// How the guest reaches a drive.
@@ -117,6 +121,8 @@ wire_struct! {
         rerror: Option<ReadErrorAction>,
         /// Writes go to a temporary image and are forgotten at the end.
         snapshot: Option<bool>,
+        /// What has to be read from a backing file is written into the image.
+        "copy-on-read" copy_on_read: Option<bool>,
         /// Any other member of `blockdev-add`.
         rest: Rest,
     }
@@ -255,10 +261,26 @@ impl Vm {
         Ok(over.as_object().cloned().unwrap_or_default())
     }
 
+    /// A filter above a drive's node that its user is not told of.
+    fn copy_on_read(&mut self, node: Arc<Node>) -> Result<Arc<Node>> {
+        if node.read_only() {
+            log::warn!("disabling copy-on-read on read-only drive");
+            return Ok(node);
+        }
+        let options = NodeOptions { implicit: true, unmap: true, ..node.options() };
+        let done = filter_copy_on_read::above(&node).and_then(|driver| {
+            let filter = Node::new(self.graph.auto_name(), driver, options);
+            self.graph.insert_filter(&filter, &node)?;
+            Ok(filter)
+        });
+        done.inspect_err(|_| self.graph.collect())
+    }
+
     /// Makes the drive that `args` (those of `-drive`) describe, and its device if it has one by
     /// itself.
     pub fn add_drive(&mut self, args: Map<String, Value>) -> Result<()> {
         let mut options = DriveOptions::take(Value::Object(args), &Path::Root)?;
+        let limits = DriveLimits::take(&mut options.rest.0)?;
         let interface = options.interface.unwrap_or(BlockInterfaceType::Virtio);
         let (word, count) = match interface {
             BlockInterfaceType::Virtio => ("virtio", &mut self.drive_numbers.0),
@@ -293,11 +315,18 @@ impl Vm {
             Some(args) => {
                 let args = if options.snapshot == Some(true) { self.throwaway(args)? } else { args };
                 let plan = plan(BlockdevOptions::take(Value::Object(args), &Path::Root)?)?;
-                Some(open::open(&mut self.graph, &Formats::new(&mut self.fds, &self.objects), plan)?)
+                let node = open::open(&mut self.graph, &Formats::new(&mut self.fds, &self.objects), plan)?;
+                Some(match options.copy_on_read {
+                    Some(true) => self.copy_on_read(node)?,
+                    _ => node,
+                })
             }
         };
         let automatic = interface == BlockInterfaceType::Virtio;
-        self.drives.add(&mut self.graph, node, spec, automatic)?;
+        let handle = self.drives.add(&mut self.graph, node, spec, automatic)?;
+        limits.apply(&handle, |name| {
+            self.objects.throttle_group(name).or_else(|| self.graph.find_throttle_group(name))
+        });
         if let Some(drive) = self.drives.find_mut(&id) {
             drive.read_only = options.is_read_only();
         }

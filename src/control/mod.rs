@@ -2,6 +2,7 @@
 
 pub mod board;
 pub mod devices;
+pub mod drive_limits;
 pub mod drive_options;
 pub mod encrypt_options;
 pub mod event_loop;

@@ -107,9 +107,48 @@ fn either(limits: Option<i64>, property: Option<i64>) -> Result<Option<u64>> {
     }
 }
 
+impl ThrottleLimits {
+    /// Those that make sense together.
+    pub fn limits(self) -> Result<Limits> {
+        ThrottleGroupProperties { limits: Some(self), ..ThrottleGroupProperties::none() }.limits()
+    }
+}
+
 impl ThrottleGroupProperties {
+    fn none() -> ThrottleGroupProperties {
+        ThrottleGroupProperties {
+            limits: None,
+            x_iops_total: None,
+            x_iops_total_max: None,
+            x_iops_total_max_length: None,
+            x_iops_read: None,
+            x_iops_read_max: None,
+            x_iops_read_max_length: None,
+            x_iops_write: None,
+            x_iops_write_max: None,
+            x_iops_write_max_length: None,
+            x_bps_total: None,
+            x_bps_total_max: None,
+            x_bps_total_max_length: None,
+            x_bps_read: None,
+            x_bps_read_max: None,
+            x_bps_read_max_length: None,
+            x_bps_write: None,
+            x_bps_write_max: None,
+            x_bps_write_max_length: None,
+            x_iops_size: None,
+        }
+    }
+
     /// The group that has these limits.
     pub fn group(&self, name: &str) -> Result<Arc<Group>> {
+        let limits = self.limits()?;
+        let group = Group::new(name);
+        group.set_limits(limits);
+        Ok(group)
+    }
+
+    fn limits(&self) -> Result<Limits> {
         let of = |f: fn(&ThrottleLimits) -> Option<i64>| self.limits.as_ref().and_then(f);
         let mut limits = Limits::new(either(of(|l| l.iops_size), self.x_iops_size)?.unwrap_or(0));
         for (which, word, avg, max, length) in [
@@ -163,9 +202,7 @@ impl ThrottleGroupProperties {
             limits.set(which, Limit { avg: avg.unwrap_or(0), max: max.unwrap_or(0), length });
         }
         limits.check().map_err(Error::new)?;
-        let group = Group::new(name);
-        group.set_limits(limits);
-        Ok(group)
+        Ok(limits)
     }
 }
 

@@ -14,6 +14,7 @@ use crate::block::node::{DetectZeroes, Node};
 use crate::block::open::combine;
 use crate::block::stats::{Kind, Stats};
 use crate::block::throttle::Which;
+use crate::block::timed::Summary;
 use crate::commands;
 use crate::control::formats::BlockdevDetectZeroesOptions;
 use crate::error::Result;
@@ -269,6 +270,28 @@ fn node_stats(node: &Arc<Node>, seen: bool) -> BlockStats {
     }
 }
 
+fn timed((seconds, [rd, wr, flush]): (u64, [Summary; 3])) -> BlockDeviceTimedStats {
+    let none = Summary::default();
+    BlockDeviceTimedStats {
+        interval_length: seconds,
+        min_rd_latency_ns: rd.min,
+        max_rd_latency_ns: rd.max,
+        avg_rd_latency_ns: rd.avg,
+        min_wr_latency_ns: wr.min,
+        max_wr_latency_ns: wr.max,
+        avg_wr_latency_ns: wr.avg,
+        min_zone_append_latency_ns: none.min,
+        max_zone_append_latency_ns: none.max,
+        avg_zone_append_latency_ns: none.avg,
+        min_flush_latency_ns: flush.min,
+        max_flush_latency_ns: flush.max,
+        avg_flush_latency_ns: flush.avg,
+        avg_rd_queue_depth: rd.depth,
+        avg_wr_queue_depth: wr.depth,
+        avg_zone_append_queue_depth: none.depth,
+    }
+}
+
 /// The counters of a drive; of a node, which counts nothing but its highest write, all are 0.
 fn counters(stats: Option<&Stats>) -> BlockDeviceStats {
     let get = |kind| stats.map(|s| s.get(kind)).unwrap_or_default();
@@ -307,7 +330,7 @@ fn counters(stats: Option<&Stats>) -> BlockDeviceStats {
         invalid_unmap_operations: unmap.invalid,
         account_invalid: false,
         account_failed: false,
-        timed_stats: Vec::new(),
+        timed_stats: stats.map(|s| s.timed().into_iter().map(timed).collect()).unwrap_or_default(),
     }
 }
 

@@ -390,7 +390,7 @@ stats! {
     account_invalid: bool,
     /// Failed requests count for times.
     account_failed: bool,
-    /// Statistics by interval; none is set up.
+    /// Statistics by interval, as `stats-intervals` of the drive sets up.
     timed_stats: Vec<BlockDeviceTimedStats>,
 }
 
@@ -398,7 +398,37 @@ wire_struct! {
     /// Statistics of an interval.
     pub struct BlockDeviceTimedStats {
         /// Its length in seconds.
-        interval_length: i64,
+        interval_length: u64,
+        /// The shortest read.
+        min_rd_latency_ns: u64,
+        /// The longest.
+        max_rd_latency_ns: u64,
+        /// The mean.
+        avg_rd_latency_ns: u64,
+        /// The shortest write.
+        min_wr_latency_ns: u64,
+        /// The longest.
+        max_wr_latency_ns: u64,
+        /// The mean.
+        avg_wr_latency_ns: u64,
+        /// The shortest append to a zone.
+        min_zone_append_latency_ns: u64,
+        /// The longest.
+        max_zone_append_latency_ns: u64,
+        /// The mean.
+        avg_zone_append_latency_ns: u64,
+        /// The shortest flush.
+        min_flush_latency_ns: u64,
+        /// The longest.
+        max_flush_latency_ns: u64,
+        /// The mean.
+        avg_flush_latency_ns: u64,
+        /// Reads under way, in the mean.
+        avg_rd_queue_depth: f64,
+        /// Writes under way, in the mean.
+        avg_wr_queue_depth: f64,
+        /// Appends to zones under way, in the mean.
+        avg_zone_append_queue_depth: f64,
     }
 }
 
