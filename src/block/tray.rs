@@ -29,7 +29,15 @@ struct State {
     event: Option<MediaEvent>,
     /// The medium may be another one than the guest knows.
     attention: bool,
+    /// Moves of the guest's that control has not been told of, or not yet heard.
+    untold: u32,
+    /// There were too many: what control hears last is not where the tray is.
+    skipped: bool,
 }
+
+/// Moves that control is told of before it has heard the first: a guest that does nothing but move
+/// its tray fills no memory.
+const UNTOLD: u32 = 32;
 
 type Hook = Box<dyn Fn() + Send + Sync>;
 
@@ -98,16 +106,28 @@ impl Tray {
         if open && !state.open && state.locked {
             return false;
         }
-        let moved = state.set_open(open);
-        drop(state);
-        if moved {
-            self.tell(open);
+        if state.set_open(open) {
+            self.tell(state, open);
         }
         true
     }
 
-    fn tell(&self, open: bool) {
+    fn tell(&self, mut state: MutexGuard<State>, open: bool) {
+        if state.untold >= UNTOLD {
+            state.skipped = true;
+            return;
+        }
+        state.untold += 1;
+        drop(state);
         self.events.post(Event::TrayMoved { qom_path: self.qom_path.clone(), open });
+    }
+
+    /// Control has heard of a move, to `open`; where the tray has gone since without its being told.
+    pub fn told(&self, open: bool) -> Option<bool> {
+        let mut state = self.state();
+        state.untold = state.untold.saturating_sub(1);
+        let caught_up = state.untold == 0 && std::mem::take(&mut state.skipped);
+        (caught_up && state.open != open).then_some(state.open)
     }
 
     /// The guest prevents or allows the removal of the medium.
@@ -127,9 +147,11 @@ impl Tray {
 
     /// The device is reset: closed, unlocked, no news.
     pub fn reset(&self) {
-        let was_open = std::mem::take(&mut *self.state()).open;
+        let mut state = self.state();
+        let (untold, skipped) = (state.untold, state.skipped);
+        let was_open = std::mem::replace(&mut *state, State { untold, skipped, ..State::default() }).open;
         if was_open {
-            self.tell(false);
+            self.tell(state, false);
         }
     }
 }

@@ -49,3 +49,21 @@ fn the_guests_moves_are_told_to_control_and_obey_its_lock() {
     assert!(!tray.is_open() && tray.take_event().is_none() && !tray.take_attention());
     assert_eq!(events.take(), [moved(false)], "a reset closes it");
 }
+
+#[test]
+fn a_guest_that_plays_with_its_tray_fills_no_memory() {
+    let (tray, events) = tray();
+    for n in 0..1001 {
+        assert!(tray.guest_move(n % 2 == 0));
+    }
+    let told = events.take();
+    assert_eq!(told.len(), UNTOLD as usize);
+    let last = told.into_iter().fold(None, |_, event| match event {
+        Event::TrayMoved { open, .. } => tray.told(open),
+        other => panic!("{other:?}"),
+    });
+    assert_eq!(last, Some(true), "control knows where it is at last");
+    assert!(tray.guest_move(false));
+    assert_eq!(events.take().len(), 1);
+    assert_eq!(tray.told(false), None);
+}

@@ -428,7 +428,13 @@ impl Vm {
                 self.emit("QUORUM_FAILURE", data);
             }
             Event::BlockIoError(e) => self.block_io_error(e),
-            Event::TrayMoved { qom_path, open } => self.tray_moved(&qom_path, open),
+            Event::TrayMoved { qom_path, open } => {
+                self.tray_moved(&qom_path, open);
+                let tray = self.drives.of_device(&qom_path).and_then(|d| d.handle.tray());
+                if let Some(open) = tray.and_then(|t| t.told(open)) {
+                    self.tray_moved(&qom_path, open);
+                }
+            }
             Event::DeviceDeleted { id, qom_path } => {
                 let mut data = json!({ "path": qom_path });
                 if !id.is_empty() {

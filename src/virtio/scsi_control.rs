@@ -169,7 +169,10 @@ impl ControlWorker {
         let mut found = false;
         for q in &qs[usize::from(REQUEST_QUEUES)..] {
             let mut kept: Vec<Chain> = Vec::new();
-            while let Some(mut chain) = q.pop() {
+            // More than the ring has entries no honest driver has under way; one that offers the
+            // same ones while they are taken would have this go on for ever.
+            for _ in 0..q.size() {
+                let Some(mut chain) = q.pop() else { break };
                 let header = self.bus.header(&chain);
                 let concerned = header.is_some_and(|h| function.concerns(&h.lun, h.id));
                 found |= concerned;

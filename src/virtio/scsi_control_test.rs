@@ -130,3 +130,54 @@ fn a_request_that_waits_for_cont_is_waited_for() {
     assert_eq!(one.bytes(0, 1), [0]);
     assert_eq!(*one.state.log.lock().unwrap(), [Asked::Write(0, 512); 2]);
 }
+
+/// Whatever is being done when a unit is reset: no request of it is under way any more when the
+/// driver hears that the reset is complete.
+#[test]
+fn a_reset_that_is_complete_leaves_nothing_behind() {
+    let seed = std::env::var("SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(0x7e57_ab1e_5c51_0001);
+    let seconds = std::env::var("SOAK").ok().and_then(|s| s.parse().ok()).unwrap_or(2);
+    eprintln!("SEED={seed} SOAK={seconds}");
+    let mut rng = crate::block::testing::Rng(seed);
+    let units = [disk(0, 0), disk(0, 1)];
+    let config = ScsiConfig { workers: 3, queue_size: 64, ..ScsiConfig::default() };
+    let mut host = Host::new(config, &[&units[0], &units[1]]);
+    let end = std::time::Instant::now() + std::time::Duration::from_secs(seconds);
+    let mut slots: Vec<Option<(u16, usize)>> = vec![None; 24];
+    let (mut resets, mut ended, mut taken) = (0, 0, 0);
+    while std::time::Instant::now() < end {
+        if let Some(n) = slots.iter().position(Option::is_none) {
+            let unit = rng.below(2) as usize;
+            let base = host.rig.free + n as u64 * STEP;
+            let (head, _) = host.offer(base, lun(0, unit as u16), &WRITE, &[n as u8; 512], 0);
+            slots[n] = Some((head, unit));
+        }
+        let mut reap = |host: &mut Host, slots: &mut Vec<Option<(u16, usize)>>| {
+            while let Some((head, len)) = host.rig.rings[2].answer() {
+                let n = slots.iter().position(|s| s.is_some_and(|s| s.0 == head)).expect("answered twice");
+                slots[n] = None;
+                let response = host.reply(host.rig.free + n as u64 * STEP, 512, 0, len).response;
+                assert!(matches!(response, response::OK | response::RESET), "{response}");
+                taken += u32::from(response == response::RESET);
+                ended += 1;
+            }
+        };
+        if rng.below(4) == 0 {
+            reap(&mut host, &mut slots);
+        }
+        if rng.below(16) == 0 {
+            let unit = rng.below(2) as usize;
+            assert_eq!(host.tmf(LOGICAL_UNIT_RESET, lun(0, unit as u16), 0), response::OK);
+            reap(&mut host, &mut slots);
+            assert!(slots.iter().flatten().all(|s| s.1 != unit), "one is still under way");
+            resets += 1;
+        }
+    }
+    eprintln!("{resets} resets, {ended} requests, {taken} of them taken back");
+    assert!(resets > 10 && taken > 0 && ended > 100);
+    while slots.iter().any(Option::is_some) {
+        let (head, _) = host.rig.answer(2);
+        slots.iter_mut().filter(|s| s.is_some_and(|s| s.0 == head)).for_each(|s| *s = None);
+    }
+    assert_eq!(*host.rig.told.broken.lock().unwrap(), None);
+}

@@ -12,6 +12,9 @@ use crate::error::Result;
 use std::sync::Arc;
 use std::time::Duration;
 
+/// Bytes of a `device_id` at most.
+const ID_MAX: usize = 127;
+
 pub(super) const CONTROLLER: &[Property] = &[
     ("num_queues", Type::Number(32)),
     ("virtqueue_size", Type::Number(32)),
@@ -95,8 +98,8 @@ fn unit(p: &Properties, making: &mut Making, address: Address, kind: UnitKind) -
     let text = |name: &str, default: String| p.text(name).map_or(default, str::to_string);
     let serial = text("serial", d.serial);
     // As in QEMU: the serial number, or else the drive's name.
-    let device_id =
-        text("device_id", if serial.is_empty() { text("drive", String::new()) } else { serial.clone() });
+    let drive = p.text("drive").map_or("", |name| name.get(..ID_MAX).unwrap_or(name)).to_string();
+    let device_id = text("device_id", if serial.is_empty() { drive } else { serial.clone() });
     let config = UnitConfig {
         kind,
         id: making.user.id.clone(),
@@ -173,7 +176,7 @@ fn check(c: &UnitConfig) -> Result<()> {
         ("product", &c.product, 16),
         ("ver", &c.version, 4),
         ("serial", &c.serial, 36),
-        ("device_id", &c.device_id, 127),
+        ("device_id", &c.device_id, ID_MAX),
     ];
     for (name, text, max) in texts {
         if text.len() > max || !text.bytes().all(|b| (0x20..0x7f).contains(&b)) {
