@@ -193,6 +193,20 @@ fn errors_at_every_policy() {
                 let job = &qmp.ok("query-block-jobs", json!({}))[0];
                 let io_status = if errno == 28 { "nospace" } else { "failed" };
                 assert_eq!((&job["io-status"], &job["paused"]), (&json!(io_status), &json!(true)), "{case}");
+                // What the job counts on cannot be changed under it.
+                let file = json!({"driver": "file", "filename": "x"});
+                let other =
+                    json!({"driver": "qcow2", "node-name": "top", "file": file, "backing": Value::Null});
+                let kind = if what == "block-stream" { "stream" } else { "commit" };
+                for (command, args) in [
+                    ("blockdev-reopen", json!({"options": [other]})),
+                    ("block_resize", json!({"node-name": "top", "size": 32 * MIB})),
+                    ("block-stream", json!({"device": "top", "job-id": "k"})),
+                ] {
+                    let said = qmp.execute(command, args).unwrap_err();
+                    let busy = format!("Node 'top' is busy: block device is in use by block job: {kind}");
+                    assert_eq!(said["desc"], busy, "{case}, {command}");
+                }
                 qmp.ok("block-job-resume", json!({"device": "j"}));
                 let job = &qmp.ok("query-block-jobs", json!({}));
                 assert!(job.get(0).is_none_or(|j| j["io-status"] == "ok"), "{case}: {job}");

@@ -10,6 +10,7 @@ use crate::event::Event;
 use crate::sys::inbox::Inbox;
 use crate::sys::iov::Iov;
 use std::io;
+use std::slice::from_ref;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Mutex, MutexGuard};
@@ -488,7 +489,7 @@ fn a_held_guest_waits_until_the_job_has_ended() {
     let works = Script::new(move |cx| {
         // The first time it gives it up.
         for last in [false, true] {
-            assert!(cx.hold_guest(&[source.clone()], &[mine.clone()])?);
+            assert!(cx.hold_guest(from_ref(&source), from_ref(&mine))?);
             // The guest counts after its write.
             std::thread::sleep(Duration::from_millis(20));
             let before = count.load(SeqCst);
@@ -523,7 +524,7 @@ fn a_held_guest_waits_until_the_job_has_ended() {
     // A job that sits on the guest loses it, and is told so.
     let (source, mine) = (node.clone(), own.clone());
     let works = Script::new(move |cx| {
-        assert!(cx.hold_guest(&[source.clone()], &[mine.clone()])?);
+        assert!(cx.hold_guest(from_ref(&source), from_ref(&mine))?);
         std::thread::sleep(HOLD + Duration::from_millis(200));
         assert!(!cx.confirm_hold());
         Ok(())
@@ -544,7 +545,7 @@ fn a_guest_let_go_can_be_held_again_at_once() {
     let (source, mine) = (node.clone(), own.clone());
     let works = Script::new(move |cx| {
         for _ in 0..3000 {
-            assert!(cx.hold_guest(&[source.clone()], &[mine.clone()])?);
+            assert!(cx.hold_guest(from_ref(&source), from_ref(&mine))?);
             cx.release_guest();
         }
         Ok(())

@@ -33,7 +33,7 @@ const GUESTS: u64 = 3;
 const SLOT: u64 = 1536;
 
 fn seed() -> u64 {
-    std::env::var("SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(0x5eed_0b5)
+    std::env::var("SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(0x05ee_d0b5)
 }
 
 fn seconds() -> u64 {

@@ -83,6 +83,10 @@ impl Wire for Given {
 fn blockdev_reopen(cx: &mut Cx, options: Vec<Given>) -> Result<()> {
     let list: Vec<_> = options.into_iter().map(|g| formats::wanted(g.1)).collect::<Result<_>>()?;
     let vm = &mut *cx.vm;
+    // A job counts on what is below the nodes that it works on.
+    for node in list.iter().filter_map(|w| vm.graph.find(w.common.node_name.as_ref()?)) {
+        vm.check_idle(node)?;
+    }
     vm.graph.reopen(&Formats::new(&mut vm.fds, &vm.objects), &list)
 }
 

@@ -156,7 +156,17 @@ fn open_it(cx: &mut Cx, device: Option<String>, id: Option<String>, force: bool,
     Ok(())
 }
 
+/// Fails while a job uses the medium.
+fn check_idle(cx: &mut Cx, device: &Option<String>, id: &Option<String>) -> Result<()> {
+    let (drive, _) = find((&mut cx.vm.drives, &cx.vm.devices), device.clone(), id.clone())?;
+    match drive.handle.node() {
+        Some(node) => cx.vm.check_idle(&node),
+        None => Ok(()),
+    }
+}
+
 fn eject(cx: &mut Cx, device: Option<String>, id: Option<String>, force: Option<bool>) -> Result<()> {
+    check_idle(cx, &device, &id)?;
     open_it(cx, device.clone(), id.clone(), force.unwrap_or(false), true)?;
     remove(cx, device, id)
 }
@@ -175,6 +185,7 @@ fn close_tray(cx: &mut Cx, device: Option<String>, id: Option<String>) -> Result
 }
 
 fn remove(cx: &mut Cx, device: Option<String>, id: Option<String>) -> Result<()> {
+    check_idle(cx, &device, &id)?;
     let (drive, name) = find((&mut cx.vm.drives, &cx.vm.devices), device, id)?;
     medium::remove(&mut cx.vm.graph, drive, &name)
 }
@@ -253,6 +264,7 @@ fn exchange(
     force: bool,
     node: &std::sync::Arc<crate::block::node::Node>,
 ) -> Result<()> {
+    check_idle(cx, &device, &id)?;
     open_it(cx, device.clone(), id.clone(), force, true)?;
     remove(cx, device.clone(), id.clone())?;
     let (drive, _) = find((&mut cx.vm.drives, &cx.vm.devices), device.clone(), id.clone())?;

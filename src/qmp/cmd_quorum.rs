@@ -26,6 +26,7 @@ commands! {
 
 fn blockdev_change(cx: &mut Cx, parent: String, child: Option<String>, node: Option<String>) -> Result<()> {
     let above = find_node(cx, Some(&parent), Some(&parent))?;
+    cx.vm.check_idle(&above)?;
     match (child, node) {
         (Some(_), Some(_)) => bail!("The parameters child and node are in conflict"),
         (None, None) => bail!("Either child or node must be specified"),
