@@ -256,6 +256,7 @@ const MUST: &[&str] = &[
     "break",
     "block-stream",
     "blockdev-backup",
+    "blockdev-reopen",
     "nbd-server-stop",
     "block-dirty-bitmap-remove",
 ];
@@ -386,6 +387,7 @@ impl Control {
                 self.run("blockdev-del", json!({"node-name": name}));
                 std::fs::remove_file(file).unwrap();
             }
+            17 => self.reopen(disk),
             _ => {
                 for query in
                     ["query-block", "query-blockstats", "query-named-block-nodes", "query-block-jobs"]
@@ -519,6 +521,33 @@ impl Control {
             self.run("block-export-add", json!({"type": "nbd", "id": "e0", "node-name": node}));
         }
         self.export = !self.export;
+    }
+
+    /// Other options for a disk's image, or for a child of the quorum.
+    fn reopen(&mut self, disk: usize) {
+        let zeroes = ["off", "on", "unmap"][self.rng.below(3) as usize];
+        let flush = self.rng.below(2) == 0;
+        let common = |node: &str, driver: &str| json!({"driver": driver, "node-name": node, "discard": "unmap", "detect-zeroes": zeroes});
+        let options = if self.rng.below(2) == 0 {
+            let child = self.children[self.rng.below(3) as usize].clone();
+            let file =
+                json!({"driver": "file", "filename": self.dir.path(&child), "cache": {"no-flush": flush}});
+            let mut options = common(&child, "raw");
+            options["file"] = file;
+            options
+        } else {
+            let node = self.root(disk);
+            if node.driver.name() != "qcow2" {
+                return;
+            }
+            let mut options = common(&node.name, "qcow2");
+            for edge in node.driver.edges() {
+                options[&edge.role] = json!(edge.node().map(|n| n.name.clone()));
+            }
+            options["l2-cache-size"] = json!(4096 << self.rng.below(6));
+            options
+        };
+        self.run("blockdev-reopen", json!({"options": [options]}));
     }
 
     fn bitmap(&mut self, disk: usize) {

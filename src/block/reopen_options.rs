@@ -148,6 +148,25 @@ impl Graph {
         done
     }
 
+    /// Changes some of the options that every node has; the others, and the children, stay.
+    pub fn reopen_with(
+        &mut self,
+        env: &dyn Env,
+        node: &Arc<Node>,
+        change: impl FnOnce(&mut Common),
+    ) -> Result<()> {
+        let Asked { mut common, given, .. } = node.asked();
+        change(&mut common);
+        common.node_name = Some(node.name.clone());
+        let backing = |e: &Arc<Edge>| {
+            let child = e.node().map_or(WantedChild::Nothing, |n| WantedChild::Node(n.name.clone()));
+            (e.role.clone(), child)
+        };
+        let edges = node.driver.edges();
+        let children = edges.iter().filter(|e| e.role == "backing").map(backing).collect();
+        self.reopen(env, &[Wanted { common, given, children }])
+    }
+
     /// Puts `node`, and the children that were defined with it, on the list. `wanted`: none if it
     /// keeps its own options, but takes what its parent has now.
     fn collect_items(

@@ -5,8 +5,9 @@
 use super::schema::Cx;
 use crate::block::driver::Perm;
 use crate::block::handle::{Handle, HandleSpec};
+use crate::control::formats::Formats;
 use crate::control::state::RunState;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::{bail, commands};
 use std::sync::Arc;
 
@@ -21,7 +22,8 @@ commands! {
     /// [-P BYTE] OFFSET LENGTH`, `discard [-q] OFFSET LENGTH`, `flush`, `aio_flush`, `length`, `sleep
     /// MILLISECONDS`; with the driver `blkdebug` below `break EVENT TAG`, `remove_break TAG`, `wait_break
     /// TAG`, `resume TAG`: they hold a request where EVENT happens. Commands that wait for requests to
-    /// end let it go on.
+    /// end let it go on. `reopen [-r|-w] [-c MODE]` makes the node read-only or writable, or changes its
+    /// cache mode.
     "human-monitor-command" => human_monitor_command {
         /// The command.
         "command-line" line: String,
@@ -104,22 +106,97 @@ fn qemu_io(cx: &mut Cx, words: &mut Words) -> std::result::Result<String, String
     }
     let name = words.quoted().ok_or(missing.clone())?;
     let line = words.quoted().ok_or(missing)?;
+    let reopens = line.split(' ').find(|w| !w.is_empty()) == Some("reopen");
     if !words.0.trim().is_empty() {
         return Err("qemu-io: extraneous characters at the end of line\r\n".to_string());
     }
     if of_device {
         let lost = format!("Error: Device '{name}' not found\r\n");
         let handle = cx.vm.drives.of_device(&name).map(|d| d.handle.clone()).ok_or(lost)?;
+        if reopens {
+            return reopen(cx, &handle, &line);
+        }
         return Ok(cx.vm.qemu_io.run(&handle, &line, false));
     }
     if let Some(handle) = cx.vm.drives.find(&name).map(|d| d.handle.clone()) {
+        if reopens {
+            return reopen(cx, &handle, &line);
+        }
         return Ok(cx.vm.qemu_io.run(&handle, &line, false));
     }
     let handle = borrow(cx, &name, &line).map_err(|e| format!("Error: {e}\r\n"))?;
-    let text = cx.vm.qemu_io.run(&handle, &line, true);
+    let text = match reopens {
+        true => reopen(cx, &handle, &line),
+        false => Ok(cx.vm.qemu_io.run(&handle, &line, true)),
+    };
     // Waits for the request behind the gate; one that still waits before it gets ENOMEDIUM.
     cx.vm.graph.detach(&handle);
-    Ok(text)
+    text
+}
+
+/// `reopen [-r | -w] [-c MODE]`: the disk's node turns read-only or writable, or uses the host's
+/// cache as `-drive cache=` says. The disk itself then writes no more, or does again. The control
+/// thread does it itself.
+fn reopen(cx: &mut Cx, handle: &Arc<Handle>, line: &str) -> std::result::Result<String, String> {
+    let mut words = line.split(' ').filter(|w| !w.is_empty()).skip(1);
+    let (mut read_only, mut cache) = (None, None);
+    while let Some(word) = words.next() {
+        match word {
+            "-r" | "-w" if read_only.is_some() => {
+                return Err("Only one -r/-w option may be given\r\n".to_string());
+            }
+            "-r" | "-w" => read_only = Some(word == "-r"),
+            "-c" => {
+                let mode = words.next().ok_or("reopen: option requires an argument -- 'c'\r\n")?;
+                let known = match mode {
+                    "none" | "off" => (true, false, true),
+                    "directsync" => (true, false, false),
+                    "writeback" => (false, false, true),
+                    "unsafe" => (false, true, true),
+                    "writethrough" => (false, false, false),
+                    _ => return Err(format!("Invalid cache option: {mode}\r\n")),
+                };
+                cache = Some(known);
+            }
+            _ => return Err(format!("reopen: invalid option or argument '{word}'\r\n")),
+        }
+    }
+    if let Some((.., write_cache)) = cache
+        && write_cache != handle.write_cache()
+        && !handle.qom_path().is_empty()
+    {
+        return Err("Cannot change cache.writeback: Device attached\r\n".to_string());
+    }
+    let Some(node) = handle.node() else { return Ok(String::new()) };
+    let (uses, shares) = (handle.uses(), handle.shares());
+    let writing = Perm::WRITE | Perm::WRITE_UNCHANGED;
+    let vm = &mut *cx.vm;
+    let text = |e: Error| format!("{e}\r\n");
+    if read_only == Some(true) {
+        vm.graph.set_perm(handle, uses & !writing, shares).map_err(text)?;
+    }
+    let done = vm.graph.reopen_with(&Formats::new(&mut vm.fds, &vm.objects), &node, |common| {
+        if let Some(read_only) = read_only {
+            common.read_only = Some(read_only);
+            common.auto_read_only = Some(false);
+        }
+        if let Some((direct, no_flush, _)) = cache {
+            (common.direct, common.no_flush) = (Some(direct), Some(no_flush));
+        }
+    });
+    match (&done, read_only) {
+        // A drive that was writable before can be written again.
+        (Ok(()), Some(false)) if !handle.name().is_empty() => {
+            vm.graph.set_perm(handle, uses | Perm::WRITE, shares).map_err(text)?;
+        }
+        (Err(_), Some(true)) => vm.graph.set_perm(handle, uses, shares).map_err(text)?,
+        _ => {}
+    }
+    done.map_err(text)?;
+    if let Some((.., write_cache)) = cache {
+        handle.set_write_cache(write_cache);
+    }
+    Ok(String::new())
 }
 
 /// A user of the node `name` that does what `line` needs.

@@ -116,3 +116,27 @@ fn the_end_does_not_wait_for_a_breakpoint() {
     q.vm.shut_down().unwrap();
     assert_eq!(std::fs::read(dir.path("d.raw")).unwrap()[0], 7);
 }
+
+#[test]
+fn reopen_makes_a_disk_read_only_and_writable_again() {
+    let dir = Scratch::new("hmp-reopen");
+    let mut q = with_drive(&dir);
+    let byte = |dir: &Scratch| std::fs::read(dir.path("d.raw")).unwrap()[0];
+    for (line, want) in [
+        ("reopen -r -w", "Only one -r/-w option may be given\r\n"),
+        ("reopen -c fast", "Invalid cache option: fast\r\n"),
+        ("reopen -x", "reopen: invalid option or argument '-x'\r\n"),
+        ("write -q -P 1 0 512", ""),
+        ("reopen -r", ""),
+        ("write -q -P 2 0 512", ""),
+    ] {
+        assert_eq!(say(&mut q, &format!("qemu-io d0 \"{line}\"")), want, "{line}");
+    }
+    assert!(q.vm.graph.find("n0").unwrap().read_only());
+    assert_eq!(byte(&dir), 1, "the write failed, on standard output");
+    for line in ["reopen -w", "write -q -P 3 0 512", "reopen -c unsafe", "reopen -c writethrough"] {
+        assert_eq!(say(&mut q, &format!("qemu-io d0 \"{line}\"")), "", "{line}");
+    }
+    assert_eq!(byte(&dir), 3);
+    assert!(!q.vm.drives.find("d0").unwrap().handle.write_cache());
+}
