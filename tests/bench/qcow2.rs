@@ -22,7 +22,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::Instant;
 
-/// Size of every image, in bytes.
+/// Size of every image but the wide one, in bytes.
 const SIZE: u64 = 512 << 20;
 /// An odd number of 4 KiB blocks, so that the walk meets every block.
 const STRIDE: u64 = 40_503 * 4096;
@@ -36,8 +36,23 @@ enum Image {
     Prealloc,
     /// Nothing is there; a new one for each run.
     Fresh,
+    /// The same, of 100 GiB: the requests are at home in all of its L2 tables.
+    Wide,
 }
 
+impl Image {
+    /// In bytes.
+    fn size(self) -> u64 {
+        if self == Image::Wide { 100 << 30 } else { SIZE }
+    }
+
+    /// A new one for each run.
+    fn is_new(self) -> bool {
+        matches!(self, Image::Fresh | Image::Wide)
+    }
+}
+
+#[derive(Clone, Copy)]
 struct Case {
     name: &'static str,
     image: Image,
@@ -78,9 +93,9 @@ fn qemu_img(args: &[&str], path: &Path) -> bool {
 /// An image in that state. `Full` has its data in the order of the disk, as a converted one has.
 fn make(b: &Bench, format: &str, image: Image) -> PathBuf {
     let path = b.dir.join(format!("speed-{format}-{}", image as u8));
-    let size = SIZE.to_string();
+    let size = image.size().to_string();
     let options = match (image, format) {
-        (Image::Fresh, _) | (Image::Prealloc, "raw") => "preallocation=off",
+        (Image::Fresh | Image::Wide, _) | (Image::Prealloc, "raw") => "preallocation=off",
         (Image::Prealloc, _) => "preallocation=metadata",
         (Image::Full, _) => "preallocation=off",
     };
@@ -131,7 +146,7 @@ fn ours(format: &str, path: &Path, case: &Case) -> Cost {
 fn walk(node: &Arc<Node>, case: &Case, thread: u64) {
     let mut buf = vec![9u8; case.size as usize];
     for i in (thread..case.count).step_by(case.threads as usize) {
-        let off = i * case.stride % SIZE;
+        let off = i * case.stride % case.image.size();
         if case.write {
             node.write(off, &Iov::from_slice(&buf), Flags::NONE).expect("write");
             if case.flush != 0 && i % case.flush == case.flush - 1 {
@@ -163,7 +178,7 @@ fn theirs(path: &Path, case: &Case) -> Option<Cost> {
         Some((seconds * 1e6, children_cpu() - before))
     };
     // what a process takes that does next to nothing is not the requests' cost
-    let start = if case.image == Image::Fresh { 0.0 } else { run(case.threads)?.1 };
+    let start = if case.image.is_new() { 0.0 } else { run(case.threads)?.1 };
     let (time, used) = run(case.count)?;
     let n = case.count as f64;
     Some((time / n, (used - start).max(0.0) / n))
@@ -211,6 +226,23 @@ fn cases() -> Vec<Case> {
         goal: "",
     };
     out.push(flushed);
+    // The longest step that qemu-img bench takes is below 2 GiB.
+    let wide = Case {
+        name: "write, fresh image of 100 GiB",
+        image: Image::Wide,
+        write: true,
+        size: 4096,
+        stride: 317_383 * 4096,
+        threads: 1,
+        count: 20_000,
+        flush: 0,
+        goal: "",
+    };
+    out.extend([1, 4].map(|threads| Case {
+        threads,
+        goal: if threads == 1 { "goal 1 of QEMU's" } else { "" },
+        ..wide
+    }));
     out
 }
 
@@ -220,10 +252,10 @@ pub fn run(b: &Bench) {
         return;
     }
     let rounds = b.rounds.min(5);
-    for image in [Image::Full, Image::Prealloc, Image::Fresh] {
+    for image in [Image::Full, Image::Prealloc, Image::Fresh, Image::Wide] {
         for case in cases().iter().filter(|c| c.image == image) {
             let (mut raw, mut qcow2, mut qemu) = (vec![], vec![], vec![]);
-            let fixed = |format| (image != Image::Fresh).then(|| make(b, format, image));
+            let fixed = |format| (!image.is_new()).then(|| make(b, format, image));
             let (fixed_raw, fixed_qcow2) = (fixed("raw"), fixed("qcow2"));
             let path =
                 |fixed: &Option<PathBuf>, format| fixed.clone().unwrap_or_else(|| make(b, format, image));
