@@ -75,3 +75,46 @@ fn a_drive_copies_what_it_reads() {
     vm.graph.detach(&handle);
     assert_eq!(vm.graph.nodes().count(), 0);
 }
+
+#[test]
+fn names_with_a_protocol_and_json_names() {
+    let dir = crate::block::testing::Scratch::new("drive-names");
+    let mut vm = Vm::new(Settings::default()).unwrap();
+    let path = dir.file("a", 65536);
+    let raw =
+        format!(r#"json:{{"driver":"raw","offset":512,"file.driver":"file","file.filename":"{path}"}}"#);
+    let protocol = format!(r#"json:{{"driver":"file","filename":"{path}"}}"#);
+    for (n, (file, format, want)) in [
+        (path.clone(), Some("raw"), vec!["raw", "file"]),
+        (format!("file:{path}"), Some("raw"), vec!["raw", "file"]),
+        ("null-co://".into(), Some("raw"), vec!["raw", "null-co"]),
+        // The name says it all.
+        (raw.clone(), None, vec!["raw", "file"]),
+        (raw, Some("raw"), vec!["raw", "file"]),
+        (protocol, Some("raw"), vec!["raw", "file"]),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let mut args = json!({"if": "none", "id": format!("d{n}"), "file": file, "read-only": true});
+        if let Some(format) = format {
+            args["format"] = format.into();
+        }
+        vm.add_drive(args.as_object().cloned().unwrap()).unwrap();
+        let mut node = vm.drives.find(&format!("d{n}")).unwrap().handle.node();
+        let mut seen = Vec::new();
+        while let Some(n) = node {
+            seen.push(n.driver.name());
+            node = n.driver.edges().first().and_then(|e| e.node());
+        }
+        assert_eq!(seen, want, "{file}");
+    }
+    for (file, want) in [
+        ("foo:bar", "Unknown protocol 'foo'"),
+        ("null-co://x", "The only allowed filename for this driver is 'null-co://'"),
+        ("json:[]", "Invalid JSON object given"),
+    ] {
+        let args = json!({"if": "none", "id": "bad", "file": file, "format": "raw"});
+        assert_eq!(vm.add_drive(args.as_object().cloned().unwrap()).unwrap_err().desc, want);
+    }
+}

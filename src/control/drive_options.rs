@@ -5,6 +5,7 @@
 
 use super::drive_limits::DriveLimits;
 use super::formats::{BlockdevDetectZeroesOptions, BlockdevDiscardOptions, BlockdevOptions, Formats, plan};
+use super::json_name;
 use super::vm::Vm;
 use crate::bail;
 use crate::block::filter_copy_on_read;
@@ -13,6 +14,7 @@ use crate::block::handle::{HandleSpec, OnError};
 use crate::block::node::{Node, NodeOptions};
 use crate::block::open;
 use crate::error::{Error, Result, strerror};
+use crate::nbd::uri;
 use crate::qapi::{Path, Rest, Wire};
 use crate::qcow2::create::{CreateOptions, create};
 use crate::{wire_enum, wire_struct};
@@ -136,7 +138,7 @@ impl DriveOptions {
     /// The arguments of a `blockdev-add`; None for a drive without a medium.
     fn blockdev(&mut self) -> Result<Option<Map<String, Value>>> {
         let mut node = std::mem::take(&mut self.rest.0);
-        let format = match (self.format.take(), self.driver.take()) {
+        let mut format = match (self.format.take(), self.driver.take()) {
             (Some(_), Some(_)) => bail!("Cannot specify both 'driver' and 'format'"),
             (format, driver) => format.or(driver),
         };
@@ -148,7 +150,22 @@ impl DriveOptions {
                 return Ok(None);
             }
             None => None,
-            Some(Value::String(name)) => Some(named(&name)?),
+            Some(Value::String(name)) => {
+                let own = named(&name)?;
+                // A json: name has the options of the drive's node itself; what is given beside them
+                // counts for more. (One of a protocol, with another format, is that format's file.)
+                let whole = name.starts_with("json:") && own.get("file").is_some();
+                if let (true, Value::Object(own)) = (whole, &own) {
+                    let driver = own.get("driver").and_then(Value::as_str).map(String::from);
+                    format = format.or(driver);
+                    own.iter().for_each(|(k, v)| {
+                        node.entry(k).or_insert_with(|| v.clone());
+                    });
+                    None
+                } else {
+                    Some(own)
+                }
+            }
             Some(table @ Value::Object(_)) => Some(table),
             Some(_) => bail!("Invalid parameter type for 'file', expected: string"),
         };
@@ -188,7 +205,7 @@ impl DriveOptions {
 pub fn named(name: &str) -> Result<Value> {
     if let Some(text) = name.strip_prefix("json:") {
         return match serde_json::from_str(text) {
-            Ok(options @ Value::Object(_)) => Ok(options),
+            Ok(options @ Value::Object(_)) => json_name::nested(options),
             Ok(_) => Err(Error::new("Invalid JSON object given")),
             Err(e) => Err(Error::new(format!("Could not parse the JSON options: {e}"))),
         };
@@ -210,6 +227,16 @@ pub fn named(name: &str) -> Result<Value> {
                 bail!("blkverify requires raw copy and original image path");
             };
             return Ok(json!({ "driver": "blkverify", "raw": named(raw)?, "test": named(test)? }));
+        }
+        Some((driver @ ("null-co" | "null-aio"), rest)) => {
+            if rest != "//" {
+                bail!("The only allowed filename for this driver is '{driver}://'");
+            }
+            return Ok(json!({ "driver": driver }));
+        }
+        Some((protocol, _)) if uri::PROTOCOLS.contains(&protocol) => {
+            let place = uri::Location::parse(name)?;
+            return Ok(json!({ "driver": "nbd", "server": place.server.give(), "export": place.export }));
         }
         Some((protocol, _)) if !protocol.contains('/') => bail!("Unknown protocol '{protocol}'"),
         _ => name,

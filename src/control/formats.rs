@@ -470,7 +470,7 @@ impl Env for Formats<'_> {
             let driver = Box::new(NbdPlan::Name(filename.into()));
             return Some(Plan { common: Common::default(), driver });
         }
-        if ["blkdebug", "blkverify"].contains(&driver) {
+        if ["blkdebug", "blkverify", "null-co", "null-aio"].contains(&driver) {
             return named(filename).and_then(|options| self.parse(options)).ok();
         }
         let name = ["file", "host_device"].into_iter().find(|n| *n == driver)?;
