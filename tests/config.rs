@@ -66,7 +66,7 @@ fn stderr(out: &Output) -> String {
 
 /// What is wrong, and the beginning of what the user reads.
 const BAD: &[(&str, &str)] = &[
-    ("x = 1\n", "c.toml:1:5: unknown table 'x' (there are: machine, boot, qmp,"),
+    ("x = 1\n", "c.toml:1:5: unknown table 'x' (there are: machine, boot, nbd-server, qmp,"),
     ("[machine]\nname = \n", "c.toml:2:8: not TOML: "),
     ("[machine]\n[machine]\n", "c.toml:2:2: not TOML: duplicate key"),
     (
