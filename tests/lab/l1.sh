@@ -1,11 +1,11 @@
 #!/bin/bash
-# l1.sh [-i FILE[:DEST]]… [-x PROGRAM[:DEST]]… [-d IMAGE]… [-o DIR] [-m MIB] [-c CPUS] [-t SECONDS] COMMAND: boots L1 with the files (and programs with their
+# l1.sh [-i FILE[:DEST]]… [-x PROGRAM[:DEST]]… [-d IMAGE]… [-p PORT] [-o DIR] [-m MIB] [-c CPUS] [-t SECONDS] COMMAND: boots L1 with the files (and programs with their
 # libraries) in it and raw IMAGEs as its read-only disks (/dev/vdb … when there is -o), runs COMMAND by sh, streams its output, returns its status. What it leaves in /out is unpacked into DIR.
-# 124: it took too long; 125: L1 died.
+# PORT of this machine leads to L1's port 4444 (10.0.2.15). 124: it took too long; 125: L1 died.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 cache=${LAB_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/minivmm-lab}/cloud
-memory=1536 cpus=1 limit=300 out= disks=()
+memory=1536 cpus=1 limit=300 out= port= disks=()
 work=$(mktemp -d "${TMPDIR:-/tmp}/lab.XXXXXX")
 qemu=
 trap '[ -z "$qemu" ] || kill -9 "$qemu" 2>/dev/null; rm -rf "$work"' EXIT
@@ -16,7 +16,7 @@ put() {
   mkdir -p "$work/tree$(dirname "$to")"
   cp -aL --reflink=auto "$from" "$work/tree$to"
 }
-while getopts i:x:d:o:m:c:t: option; do
+while getopts i:x:d:p:o:m:c:t: option; do
   case $option in
   i) put "$OPTARG" ;;
   x)
@@ -27,6 +27,7 @@ while getopts i:x:d:o:m:c:t: option; do
     done
     ;;
   d) disks+=("$OPTARG") ;;
+  p) port=$OPTARG ;;
   o) out=$OPTARG ;;
   m) memory=$OPTARG ;;
   c) cpus=$OPTARG ;;
@@ -36,7 +37,7 @@ while getopts i:x:d:o:m:c:t: option; do
 done
 shift $((OPTIND - 1))
 base=$cache/l1-$(sha256sum "$here/l1init" "$here/initramfs.sh" "$here/l1.sh" | sha256sum | cut -c1-12).cpio
-[ -f "$base" ] || { "$here/initramfs.sh" "$base.new" "$here/l1init" "kvm-amd virtio_pci virtio_blk tun" && mv "$base.new" "$base"; }
+[ -f "$base" ] || { "$here/initramfs.sh" "$base.new" "$here/l1init" "kvm-amd virtio_pci virtio_blk virtio_net tun" && mv "$base.new" "$base"; }
 printf '%s\n' "$*" >"$work/tree/lab.cmd"
 (cd "$work/tree" && find . -mindepth 1 | cpio --quiet -o -H newc -R 0:0) >"$work/files.cpio"
 cat "$base" "$work/files.cpio" >"$work/initrd"              # not compressed: unpacking is dear under TCG
@@ -49,6 +50,7 @@ fi
 for n in "${!disks[@]}"; do
   drives+=(-drive "if=none,id=d$n,file=${disks[n]},format=raw,read-only=on" -device "virtio-blk-pci,drive=d$n")
 done
+[ -z "$port" ] || drives+=(-netdev "user,id=u,restrict=on,hostfwd=tcp:127.0.0.1:$port-10.0.2.15:4444" -device virtio-net-pci,netdev=u)
 : >"$work/status"
 timeout -k 5 "$limit" qemu-system-x86_64 -M q35 -accel tcg,thread=multi,tb-size=512 -cpu max -smp "$cpus" -m "$memory" \
   -nodefaults -no-user-config -display none -no-reboot -kernel "$cache/vmlinux" -initrd "$work/initrd" \

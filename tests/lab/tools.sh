@@ -8,7 +8,7 @@ image=$cache/tools-$(sha256sum "$fio" "$0" | sha256sum | cut -c1-12).raw
 if [ ! -f "$image" ]; then
   tree=$(mktemp -d)
   trap 'rm -rf "$tree" "$image.new"' EXIT
-  mkdir -p "$tree"/{bin,dev,proc,sys,tmp,jobs}
+  mkdir -p "$tree"/{bin,dev,proc,sys,tmp,mnt}
   cp /bin/busybox "$tree/bin/"
   ln -s busybox "$tree/bin/sh"
   cp "$fio" "$tree/bin/"
