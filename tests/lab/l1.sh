@@ -1,7 +1,7 @@
 #!/bin/bash
 # l1.sh [-i FILE[:DEST]]… [-x PROGRAM[:DEST]]… [-d IMAGE]… [-p PORT] [-o DIR] [-m MIB] [-c CPUS] [-t SECONDS] COMMAND: boots L1 with the files (and programs with their
 # libraries) in it and raw IMAGEs as its read-only disks (/dev/vdb … when there is -o), runs COMMAND by sh, streams its output, returns its status. What it leaves in /out is unpacked into DIR.
-# PORT of this machine leads to L1's port 4444 (10.0.2.15). 124: it took too long; 125: L1 died.
+# PORT of this machine leads to L1's port 4445 (10.0.2.15). 124: it took too long; 125: L1 died.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 cache=${LAB_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/minivmm-lab}/cloud
@@ -50,7 +50,7 @@ fi
 for n in "${!disks[@]}"; do
   drives+=(-drive "if=none,id=d$n,file=${disks[n]},format=raw,read-only=on" -device "virtio-blk-pci,drive=d$n")
 done
-[ -z "$port" ] || drives+=(-netdev "user,id=u,restrict=on,hostfwd=tcp:127.0.0.1:$port-10.0.2.15:4444" -device virtio-net-pci,netdev=u)
+[ -z "$port" ] || drives+=(-netdev "user,id=u,restrict=on,hostfwd=tcp:127.0.0.1:$port-10.0.2.15:4445" -device virtio-net-pci,netdev=u)
 : >"$work/status"
 timeout -k 5 "$limit" qemu-system-x86_64 -M q35 -accel tcg,thread=multi,tb-size=512 -cpu max -smp "$cpus" -m "$memory" \
   -nodefaults -no-user-config -display none -no-reboot -kernel "$cache/vmlinux" -initrd "$work/initrd" \
