@@ -391,6 +391,11 @@ impl Driver for CopyBeforeWrite {
         self.source().need()?.flush()
     }
 
+    /// It is on nothing by now, and held nothing back.
+    fn close(&self) -> io::Result<()> {
+        Ok(())
+    }
+
     fn status(&self, off: u64, len: u64) -> io::Result<Extent> {
         self.source().need()?.status(off, len)
     }

@@ -94,6 +94,11 @@ impl Driver for PassThrough {
         self.file.need()?.flush()
     }
 
+    /// It is on nothing by now, and held nothing back.
+    fn close(&self) -> io::Result<()> {
+        Ok(())
+    }
+
     fn filename(&self) -> String {
         self.file.node().map(|n| names(&n).shown()).unwrap_or_default()
     }

@@ -241,6 +241,11 @@ impl Driver for MirrorTop {
         self.file.need()?.flush()
     }
 
+    /// It is on nothing by now, and held nothing back.
+    fn close(&self) -> io::Result<()> {
+        Ok(())
+    }
+
     fn filename(&self) -> String {
         self.file.node().map(|n| n.driver.filename()).unwrap_or_default()
     }
