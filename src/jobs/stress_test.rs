@@ -279,6 +279,26 @@ impl Desk {
         how.unwrap()
     }
 
+    /// Images of other lengths at the bottom, with data where the ones above are short.
+    fn short_chain(&mut self) -> Arc<Handle> {
+        let low = self.image(SIZE, None);
+        low.write(0, &Iov::from_slice(&vec![0x77; SIZE as usize]), Flags::NONE).unwrap();
+        let mid = self.image(SIZE / 2, Some(&low));
+        let top = self.image(SIZE, Some(&mid));
+        for (over, below) in [(&mid, &low), (&top, &mid)] {
+            let edge = layers::backing_edge(over).unwrap();
+            let quiet = self.graph.quiesce(&[over], &[]);
+            self.graph.edit(&quiet, |e| e.set(&edge, Some(below.clone()))).unwrap();
+            drop(quiet);
+            self.graph.set_read_only(below, true).unwrap();
+        }
+        let disk = self.graph.attach(Some(top.clone()), HandleSpec::default()).unwrap();
+        for node in [&low, &mid, &top] {
+            self.graph.disown(node);
+        }
+        disk
+    }
+
     /// The headers say what the graph says; only the active image is writable; no filter is left.
     fn check_chain(&self, disk: &Handle) {
         let top = disk.node().unwrap();
@@ -349,23 +369,7 @@ fn guests_never_see_what_jobs_do() {
     let seed = seed();
     eprintln!("SEED={seed}");
     let mut desk = Desk::new("jobs-stress", seed);
-    // Images of other lengths at the bottom, with data where the ones above are short.
-    let low = desk.image(SIZE, None);
-    low.write(0, &Iov::from_slice(&vec![0x77; SIZE as usize]), Flags::NONE).unwrap();
-    let mid = desk.image(SIZE / 2, Some(&low));
-    let top = desk.image(SIZE, Some(&mid));
-    for (over, below) in [(&mid, &low), (&top, &mid)] {
-        let edge = layers::backing_edge(over).unwrap();
-        let quiet = desk.graph.quiesce(&[over], &[]);
-        desk.graph.edit(&quiet, |e| e.set(&edge, Some(below.clone()))).unwrap();
-        drop(quiet);
-        desk.graph.set_read_only(below, true).unwrap();
-    }
-    let disk = desk.graph.attach(Some(top.clone()), HandleSpec::default()).unwrap();
-    for node in [&low, &mid, &top] {
-        desk.graph.disown(node);
-    }
-    drop((low, mid, top));
+    let disk = desk.short_chain();
     let mut whole = vec![0xee; SIZE as usize];
     disk.read(0, &mut IovMut::from_slice(&mut whole)).unwrap();
     let first: Vec<u8> = whole.chunks(SLOT as usize).map(|c| c[0]).collect();
@@ -450,4 +454,51 @@ fn guests_never_see_what_jobs_do() {
         std::process::Command::new(&tool).args(["convert", "-O", "raw", &images[0], &raw]).status().unwrap();
     assert!(done.success());
     assert!(std::fs::read(&raw).unwrap() == whole, "qemu-img reads something else");
+}
+
+#[test]
+fn a_short_image_hides_what_lies_below_it() {
+    for job in 0..3 {
+        let mut desk = Desk::new(&format!("jobs-short-{job}"), seed());
+        let disk = desk.short_chain();
+        let look = || {
+            let mut whole = vec![0xee; SIZE as usize];
+            disk.read(0, &mut IovMut::from_slice(&mut whole)).unwrap();
+            whole
+        };
+        let before = look();
+        assert_eq!((before[0], before[SIZE as usize - 1]), (0x77, 0));
+        let chain: Vec<_> = layers::chain(disk.node().unwrap()).collect();
+        let (top, mid, base) = (chain[0].clone(), chain[1].clone(), chain[2].clone());
+        let (backing_file, on_error, filter) = (None, OnError::Report, None);
+        let from = vec![mid];
+        let (kind, work): (_, Box<dyn super::job::Work>) = match job {
+            0 => {
+                let plan = stream::Plan { top, from, backing_file, on_error, filter: None, name_of };
+                (Kind::Stream, Box::new(Stream::new(&mut desk.graph, plan).unwrap()))
+            }
+            1 => {
+                let plan = commit::Plan { from, base, backing_file, on_error, filter, name_of };
+                (Kind::Commit, Box::new(Commit::new(&mut desk.graph, plan).unwrap()))
+            }
+            // All of it, down to nothing.
+            _ => {
+                let from = vec![chain[1].clone(), base];
+                let plan = stream::Plan { top, from, backing_file, on_error, filter: None, name_of };
+                (Kind::Stream, Box::new(Stream::new(&mut desk.graph, plan).unwrap()))
+            }
+        };
+        desk.start(kind, &chain, work);
+        drop(chain);
+        let start = Instant::now();
+        while !desk.jobs.is_empty() {
+            desk.turn();
+            assert!(start.elapsed() < Duration::from_secs(60));
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let good = |e: &JobEvent| matches!(e, JobEvent::Completed(_, None));
+        assert!(desk.ended.iter().any(good), "{:?}", desk.ended);
+        desk.check_chain(&disk);
+        assert!(look() == before, "job {job} has changed what the guest sees");
+    }
 }
