@@ -41,10 +41,10 @@ fuzz MINUTES="60":
     rustup toolchain list | grep -q nightly || { echo "a nightly toolchain is missing: rustup toolchain install nightly"; exit 1; }
     mkdir -p target/fuzz/corpus target/fuzz/found
     grep -v '^#' fixtures/fuzz/qcow2.hex | while read -r line; do
-      printf "$(sed 's/../\x&/g' <<<"$line")" >"target/fuzz/corpus/$(md5sum <<<"$line" | cut -c1-16)"
+      printf "$(sed 's/../\\x&/g' <<<"$line")" >"target/fuzz/corpus/$(md5sum <<<"$line" | cut -c1-16)"
     done
     cargo +nightly fuzz run --fuzz-dir tests/fuzz -s none --target-dir target/fuzz qcow2 target/fuzz/corpus -- \
-      -max_total_time=$(( {{MINUTES}} * 60 )) -max_len=200 -timeout=10 -rss_limit_mb=1024 -artifact_prefix=target/fuzz/found/
+      -max_total_time=$(( {{MINUTES}} * 60 )) -max_len=200 -len_control=0 -timeout=60 -rss_limit_mb=1024 -artifact_prefix=target/fuzz/found/
 
 # start-up, memory, fleet, disk and QMP against the raw floor and QEMU, as ratios
 bench *ARGS:

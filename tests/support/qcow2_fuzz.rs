@@ -34,8 +34,11 @@ pub enum Area {
     Bitmaps,
 }
 
+/// One for each kind of metadata.
+pub type Target = fn(&[u8]);
+
 /// All targets by name.
-pub const TARGETS: &[(&str, fn(&[u8]))] = &[
+pub const TARGETS: &[(&str, Target)] = &[
     ("header", header),
     ("l1", l1),
     ("l2", l2),
@@ -86,6 +89,11 @@ struct Base {
     data: Option<Vec<u8>>,
 }
 
+/// A single area.
+fn one(at: u64, len: u64) -> Vec<std::ops::Range<u64>> {
+    std::iter::once(at..at + len).collect()
+}
+
 fn word(bytes: &[u8], at: u64) -> u64 {
     let at = at as usize;
     u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap())
@@ -103,16 +111,16 @@ impl Base {
         let (snapshots, count) = (word(b, 64), word(b, 56) & 0xffff_ffff);
         let whole = |list: Vec<u64>| list.into_iter().map(|o| o..o + self.cluster).collect();
         match area {
-            Area::Header => vec![0..self.cluster.min(600)],
-            Area::L1 => vec![l1..l1 + l1_size * 8],
+            Area::Header => one(0, self.cluster.min(600)),
+            Area::L1 => one(l1, l1_size * 8),
             Area::L2 => whole(table(l1, l1_size)),
-            Area::Reftable => vec![reftable..reftable + 64.min(clusters * self.cluster)],
+            Area::Reftable => one(reftable, 64.min(clusters * self.cluster)),
             Area::Refblock => whole(table(reftable, clusters * self.cluster / 8)),
             Area::Snapshots if count > 0 => {
                 let first = word(b, snapshots);
                 vec![snapshots..snapshots + 160, first..first + 16]
             }
-            Area::Snapshots => vec![56..72],
+            Area::Snapshots => one(56, 16),
             Area::Bitmaps => self.bitmaps(),
         }
     }
@@ -123,7 +131,7 @@ impl Base {
     fn bitmaps(&self) -> Vec<std::ops::Range<u64>> {
         let b = &self.bytes;
         let kind = 0x2385_2875_0000_0018u64.to_be_bytes();
-        let Some(at) = b[..600.min(b.len())].windows(8).position(|w| w == kind) else { return vec![72..200] };
+        let Some(at) = b[..600.min(b.len())].windows(8).position(|w| w == kind) else { return one(72, 128) };
         let at = at as u64;
         let (size, offset) = (word(b, at + 16), word(b, at + 24));
         let mut areas = vec![at..at + 32, offset..offset + size];
@@ -237,7 +245,7 @@ fn patch(base: &Base, area: Area, mut rest: &[u8]) -> Vec<u8> {
                 // A pointer: flags, cluster.
                 let cluster = u64::from(value[1]) << 8 | u64::from(value[2]);
                 let flags = u64::from(value[0] & 0xc0) << 56 | u64::from(value[0] & 1);
-                value = (cluster % 600 * base.cluster | flags).to_be_bytes().to_vec();
+                value = ((cluster % 600 * base.cluster) | flags).to_be_bytes().to_vec();
                 at &= !7;
             }
             5 if bytes.len() > 1024 => {
@@ -318,11 +326,12 @@ fn mark(image: &Qcow2, rng: &mut Rng) {
         }
     }
     let granularity = 512u32 << rng.below(6);
-    if rng.one_in(2) && stored.can_store("new", granularity.into()).is_ok() {
-        if let Ok(bitmap) = Bitmap::new(Some("new"), granularity, image.len()) {
-            bitmap.set_persistent(true);
-            drop(list.push(bitmap));
-        }
+    if rng.one_in(2)
+        && stored.can_store("new", granularity.into()).is_ok()
+        && let Ok(bitmap) = Bitmap::new(Some("new"), granularity, image.len())
+    {
+        bitmap.set_persistent(true);
+        drop(list.push(bitmap));
     }
 }
 
