@@ -184,7 +184,7 @@ fn xor_tweaks(blocks: &mut [AesBlock], first: &[AesBlock]) {
         for block in sector {
             *block = (u128::from_le_bytes((*block).into()) ^ tweak).to_le_bytes().into();
             // No branch: nobody could predict it.
-            tweak = tweak << 1 ^ (tweak >> 127) * 0x87;
+            tweak = (tweak << 1) ^ ((tweak >> 127) * 0x87);
         }
     }
 }
