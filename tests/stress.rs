@@ -233,8 +233,8 @@ struct Control {
     refused: BTreeMap<String, u64>,
     longest: (Duration, String),
     snapshots: Vec<(usize, String)>,
-    /// Files that each qcow2 disk stands on, beside the topmost one.
-    below: [u64; 3],
+    /// Jobs that wait to be completed.
+    ready: Vec<String>,
     breaks: Vec<String>,
     break_budget: u32,
     children: Vec<String>,
@@ -257,6 +257,9 @@ const MUST: &[&str] = &[
     "block-stream",
     "blockdev-backup",
     "blockdev-reopen",
+    "block-commit",
+    "drive-mirror",
+    "block-job-complete",
     "nbd-server-stop",
     "block-dirty-bitmap-remove",
 ];
@@ -273,6 +276,7 @@ const BAD_MOMENTS: &[&str] = &[
     "Permission conflict",
     "Need a root block node",
     "Failed to get a snapshot list",
+    "does not exist on device",
 ];
 
 impl Control {
@@ -307,6 +311,7 @@ impl Control {
             let data = json!(e.data);
             match e.name {
                 "BLOCK_IO_ERROR" | "BLOCK_IMAGE_CORRUPTED" | "QUORUM_FAILURE" => panic!("{}: {data}", e.name),
+                "BLOCK_JOB_READY" => self.ready.push(data["device"].as_str().unwrap().to_string()),
                 "BLOCK_JOB_COMPLETED" if !data["error"].is_null() => panic!("{data}"),
                 _ => {}
             }
@@ -331,19 +336,17 @@ impl Control {
     fn step(&mut self) {
         let disk = self.rng.below(2) as usize;
         let device = format!("d{disk}");
-        match self.rng.below(20) {
-            0 | 1 if self.below[disk] < 6 => {
+        match self.rng.below(24) {
+            0 | 1 if self.depth(disk) < 6 => {
                 let name = self.name("over");
                 let file = self.dir.path(&name);
                 let args = json!({"device": device, "snapshot-file": file, "snapshot-node-name": name});
                 if self.run("blockdev-snapshot-sync", args).is_some() {
-                    self.below[disk] += 1;
-                    self.top[disk] = file;
                     // They stay with the image that was written before.
                     self.snapshots.retain(|(d, _)| *d != disk);
                 }
             }
-            2 if self.below.iter().all(|b| *b < 6) => self.several(),
+            2 if (0..2).all(|d| self.depth(d) < 6) => self.several(),
             3 => {
                 let name = self.name("snap");
                 if self
@@ -357,9 +360,9 @@ impl Control {
                 let at = self.rng.below(self.snapshots.len() as u64) as usize;
                 let (disk, name) = self.snapshots[at].clone();
                 let args = json!({"device": format!("d{disk}"), "name": name});
-                if self.run("blockdev-snapshot-delete-internal-sync", args).is_some() {
-                    self.snapshots.remove(at);
-                }
+                self.run("blockdev-snapshot-delete-internal-sync", args);
+                // If a job has taken the disk elsewhere, it is there no more.
+                self.snapshots.remove(at);
             }
             5 => {
                 // The guests use the first part only. A version 3 image can be resized with snapshots, too.
@@ -388,6 +391,9 @@ impl Control {
                 std::fs::remove_file(file).unwrap();
             }
             17 => self.reopen(disk),
+            18 => self.commit(disk),
+            19 => self.mirror(disk),
+            20 | 21 => self.complete(),
             _ => {
                 for query in
                     ["query-block", "query-blockstats", "query-named-block-nodes", "query-block-jobs"]
@@ -419,10 +425,6 @@ impl Control {
             assert!(files.iter().all(|(_, name)| self.vm.graph.find(name).is_none()));
             *self.done.entry("transaction, aborted".into()).or_default() += 1;
         } else if self.run("transaction", json!({"actions": actions})).is_some() {
-            for (disk, (file, _)) in files.into_iter().enumerate() {
-                self.below[disk] += 1;
-                self.top[disk] = file;
-            }
             self.snapshots.clear();
         }
     }
@@ -485,12 +487,46 @@ impl Control {
     /// All that a disk stands on goes into its topmost image.
     fn stream(&mut self, disk: usize) {
         let id = format!("stream{disk}");
-        if self.below[disk] > 0 && !self.jobs().contains(&id) {
+        if self.depth(disk) > 0 && !self.jobs().contains(&id) {
             let args = json!({"device": format!("d{disk}"), "job-id": id, "speed": 4 << 20});
-            if self.run("block-stream", args).is_some() {
-                // Whether it ends well is looked at by `events`; what is added meanwhile stays.
-                self.below[disk] = 0;
-            }
+            // Whether it ends well is looked at by `events`.
+            self.run("block-stream", args);
+        }
+    }
+
+    /// How many images a disk's topmost one stands on.
+    fn depth(&self, disk: usize) -> usize {
+        let below = |n: &Arc<Node>| {
+            let edge =
+                n.driver.filtered().or_else(|| n.driver.edges().into_iter().find(|e| e.role == "backing"));
+            edge?.node()
+        };
+        let images = std::iter::successors(Some(self.root(disk)), below);
+        images.filter(|n| n.driver.name() == "qcow2").count() - 1
+    }
+
+    /// All of a disk goes into its lowest image.
+    fn commit(&mut self, disk: usize) {
+        if self.depth(disk) > 0 {
+            let id = self.name("commit");
+            self.run("block-commit", json!({"device": format!("d{disk}"), "job-id": id, "speed": 8 << 20}));
+        }
+    }
+
+    /// A disk goes elsewhere.
+    fn mirror(&mut self, disk: usize) {
+        let id = self.name("mirror");
+        let target = self.dir.path(&id);
+        let args = json!({"device": format!("d{disk}"), "job-id": id, "target": target, "format": "qcow2",
+                          "sync": "full", "speed": 8 << 20});
+        self.run("drive-mirror", args);
+    }
+
+    /// What is ready is completed, or was in vain.
+    fn complete(&mut self) {
+        for id in std::mem::take(&mut self.ready) {
+            let what = if id.starts_with("mirror") && self.rng.below(4) == 0 { "cancel" } else { "complete" };
+            self.run(&format!("block-job-{what}"), json!({"device": id}));
         }
     }
 
@@ -578,8 +614,16 @@ impl Control {
                 let speed = json!({"device": id, "speed": 0});
                 self.run("block-job-set-speed", speed);
             }
+            self.complete();
             std::thread::sleep(Duration::from_millis(5));
             self.events();
+        }
+        for disk in 0..2 {
+            let root = self.root(disk);
+            let file = root.driver.edges().into_iter().find(|e| e.role == "file").and_then(|e| e.node());
+            self.top[disk] = file.map(|f| f.driver.filename()).unwrap_or_default();
+            let (name, driver) = (&root.name, root.driver.name());
+            assert!(!self.top[disk].is_empty(), "disk {disk}: {name} ({driver}) has no file");
         }
     }
 }
@@ -688,7 +732,7 @@ fn guests_keep_every_byte_whatever_is_done_to_the_graph() {
             refused: BTreeMap::new(),
             longest: Default::default(),
             snapshots: Vec::new(),
-            below: [0; 3],
+            ready: Vec::new(),
             breaks: Vec::new(),
             break_budget: 20 + soak as u32 / 10,
             children,

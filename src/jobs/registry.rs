@@ -219,9 +219,11 @@ impl Jobs {
         self.list.iter().rev().map(info).collect()
     }
 
-    /// The job that forbids certain things to be done to `node`: what it does.
+    /// The job that forbids certain things to be done to `node`: what it does. A filter, such as the
+    /// job's own, is as much in use as what it filters.
     pub fn user_of(&self, node: &Arc<Node>) -> Option<Kind> {
-        let uses = |j: &&Job| j.nodes.iter().any(|n| Arc::ptr_eq(n, node));
+        let filtered: Vec<_> = std::iter::successors(Some(node.clone()), |n| n.filtered()).collect();
+        let uses = |j: &&Job| j.nodes.iter().any(|n| filtered.iter().any(|f| Arc::ptr_eq(n, f)));
         self.list.iter().find(uses).map(|j| j.kind)
     }
 

@@ -155,3 +155,24 @@ fn thresholds_and_names_of_backing_files() {
     let e = q.err("change-backing-file", args("p", &"x".repeat(1024)));
     assert!(e.ends_with("': Invalid argument"), "{e}");
 }
+
+#[test]
+fn a_disk_that_a_job_has_put_a_filter_on_is_busy() {
+    let dir = Scratch::new("snapshot-busy");
+    let path = dir.file("d.raw", 1 << 20);
+    let mut q = Qmp::new();
+    let drive = json!({"id": "d0", "if": "none", "file": path, "format": "raw"});
+    q.vm.add_drive(drive.as_object().unwrap().clone()).unwrap();
+    q.ok("blockdev-add", json!({"driver": "null-co", "node-name": "t", "size": 1 << 20}));
+    let backup = json!({"job-id": "j", "device": "d0", "target": "t", "sync": "full", "speed": 1});
+    q.ok("blockdev-backup", backup);
+    let args = json!({"device": "d0", "snapshot-file": dir.path("over")});
+    let e = q.err("blockdev-snapshot-sync", args.clone());
+    assert!(e.ends_with("is busy: block device is in use by block job: backup"), "{e}");
+    q.ok("block-job-cancel", json!({"device": "j", "force": true}));
+    while q.ok("query-block-jobs", json!({})) != json!([]) {
+        q.vm.take_events();
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    q.ok("blockdev-snapshot-sync", args);
+}
