@@ -594,6 +594,18 @@ fn a_slow_punch_hits_nobody(bug: Option<Mutant>) -> bool {
     read(&image, 4096, 63 * 4096).expect("read").iter().all(|b| *b == 2)
 }
 
+/// In an external data file a discarded cluster is given back while a reader may still be on its way to
+/// it: it becomes zeroes there, never anything else.
+#[test]
+fn a_cluster_of_a_data_file_is_given_back_as_zeroes() {
+    let o = CreateOptions { size: 1 << 20, data_file: Some("data".into()), ..CreateOptions::default() };
+    let (disk, data) = fresh_pair(&o);
+    let image = open_pair(&disk, &data, None, Options::default()).expect("open");
+    write(&image, 0, &[1; 4096]).expect("write");
+    image.discard(0, 65536).expect("discard");
+    assert!(data.unwrap().copy()[..65536].iter().all(|b| *b == 0));
+}
+
 /// A write in place behind the end of the file, which must grow first; meanwhile the cluster is
 /// discarded and becomes someone else's. True when that one's data are there in the end.
 fn a_look_up_is_not_used_after_the_file_grew(bug: Option<Mutant>) -> bool {

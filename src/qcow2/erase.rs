@@ -183,7 +183,7 @@ impl Qcow2 {
         self.early_free();
         let page = self.judge(result)?;
         if let Some(flight) = flight {
-            self.punch_outside(&page.outside, how);
+            self.punch_outside(&page.outside);
             flight.landed(self.lock());
         }
         if let Some(range) = page.write {
@@ -193,18 +193,14 @@ impl Qcow2 {
     }
 
     /// Gives the space of those parts of the external data file back to its file system. A hint.
-    fn punch_outside(&self, parts: &[Range<u64>], how: Erase) {
+    fn punch_outside(&self, parts: &[Range<u64>]) {
         let Ok(data) = self.data() else { return };
         let have = data.len();
         for r in parts.iter().filter(|r| r.start < have && self.punch.load(Ordering::Relaxed)) {
             let len = r.end.min(have) - r.start;
-            // Until the next checkpoint the disk's tables say that the data are there: if the guest
-            // wants zeroes it must not be anything else.
-            let done = match how {
-                Erase::Unmap => data.zero(r.start, len, Flags::MAY_UNMAP | Flags::NO_FALLBACK),
-                _ => data.discard(r.start, len),
-            };
-            if let Err(e) = done {
+            // As zeroes, never as anything: until the next checkpoint the disk's tables say that the
+            // data are there, and a reader that looked before may be on its way.
+            if let Err(e) = data.zero(r.start, len, Flags::MAY_UNMAP | Flags::NO_FALLBACK) {
                 log::debug!("qcow2: discard in the data file: {e}");
             }
         }
