@@ -1,7 +1,7 @@
 //! What a format, protocol or filter is: the [`Driver`] trait and its small types.
 //!
 //! A driver's calls block. They come from any number of threads at once; a driver locks what it
-//! must and never across data I/O. Offsets and lengths are in bytes. [`Node`](super::node::Node)
+//! must and never across data I/O. Offsets and lengths are in bytes. [`Node`]
 //! stands in front of every driver: it checks bounds, alignment and read-only, so that a driver
 //! sees only requests of at least one byte that lie within `len()`, rounded up to its
 //! `request_alignment`, and on that alignment (a driver that [`grows`](Driver::grows) also sees

@@ -1,7 +1,7 @@
 //! Opening the drivers `file` and `host_device`: their options, the descriptor (by name, or out of
 //! an fd set), and what O_DIRECT wants of it.
 //!
-//! Owns: nothing once the driver is open ([`File`](super::file::File) does). Threads: control.
+//! Owns: nothing once the driver is open ([`File`] does). Threads: control.
 //! Locks: none of memory; the image's are taken here for the first time.
 
 use super::driver::{Driver, Limits};

@@ -2,7 +2,7 @@
 //!
 //! Nodes are made by [`open`](super::open), used through [`Handle`]s, and connected by edges. Any
 //! change of what is connected to what runs in [`Graph::edit`] (in [`edit`](super::edit)). Who may
-//! do what is [`perm`](super::perm)'s to say.
+//! do what is [`perm`]'s to say.
 //!
 //! Owns: the list of nodes, the list of handles. Never: threads, options, JSON. Threads: control
 //! only, hence no lock.

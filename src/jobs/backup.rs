@@ -1,6 +1,6 @@
 //! The job `backup`: a copy of a disk as it was when the job began, while the guest goes on writing.
 //!
-//! The job puts the filter [`copy_before_write`] above the disk and then copies cluster after cluster,
+//! The job puts the filter [`copy_before_write`](crate::block::copy_before_write) above the disk and then copies cluster after cluster,
 //! what the guest has not made it copy already. With a bitmap it copies what that says is dirty; the
 //! bitmap is put aside at the very moment that the filter comes, so that it and the copy speak of the
 //! same contents.

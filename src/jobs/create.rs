@@ -1,6 +1,6 @@
 //! `blockdev-create`: making an image, which may take long when its space is made, too.
 //!
-//! Owns: the order of it. Never: names or formats of others. Threads: as [`Work`](super::job::Work)
+//! Owns: the order of it. Never: names or formats of others. Threads: as [`Work`]
 //! says. Locks: none.
 
 use super::job::{JobCtx, Stop, Work};
