@@ -356,15 +356,23 @@ impl Running {
     }
 
     fn wait(mut self) -> Output {
+        // Meanwhile, or a full pipe keeps it from ending.
+        fn all(mut from: impl std::io::Read + Send + 'static) -> std::thread::JoinHandle<Vec<u8>> {
+            std::thread::spawn(move || {
+                let mut to = Vec::new();
+                from.read_to_end(&mut to).unwrap();
+                to
+            })
+        }
+        let stdout = all(self.0.stdout.take().unwrap());
+        let stderr = all(self.0.stderr.take().unwrap());
         let end = Instant::now() + Duration::from_secs(20);
         while self.0.try_wait().unwrap().is_none() {
             assert!(Instant::now() < end, "it does not end");
             std::thread::sleep(Duration::from_millis(5));
         }
-        let mut out = Output { status: self.0.wait().unwrap(), stdout: Vec::new(), stderr: Vec::new() };
-        std::io::copy(&mut self.0.stdout.take().unwrap(), &mut out.stdout).unwrap();
-        std::io::copy(&mut self.0.stderr.take().unwrap(), &mut out.stderr).unwrap();
-        out
+        let status = self.0.wait().unwrap();
+        Output { status, stdout: stdout.join().unwrap(), stderr: stderr.join().unwrap() }
     }
 }
 
