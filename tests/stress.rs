@@ -2,7 +2,7 @@
 //! is: snapshots, transactions, resizes, limits, filters, children, breakpoints, jobs, exports. No mismatch, no
 //! request that is not answered, and at the end no node, descriptor or thread is left.
 //!
-//! Some seconds by default; `SOAK=seconds` makes it long, `SEED=n` repeats the order of commands (not the threads').
+//! A minute by default; `SOAK=seconds` makes it long, `SEED=n` repeats the order of commands (not the threads').
 
 #[allow(dead_code)]
 #[path = "hostile/guest.rs"]
@@ -684,7 +684,7 @@ fn compare(dir: &Dir, image: &str, model: &[u32]) {
 fn guests_keep_every_byte_whatever_is_done_to_the_graph() {
     let seed =
         std::env::var("SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(u64::from(std::process::id()));
-    let soak = std::env::var("SOAK").ok().and_then(|s| s.parse().ok()).unwrap_or(20);
+    let soak = std::env::var("SOAK").ok().and_then(|s| s.parse().ok()).unwrap_or(60);
     eprintln!("SEED={seed}");
     let before = belongings();
     let dir = Dir::new();

@@ -37,7 +37,7 @@ fn seed() -> u64 {
 }
 
 fn seconds() -> u64 {
-    std::env::var("SOAK").ok().and_then(|s| s.parse().ok()).unwrap_or(5)
+    std::env::var("SOAK").ok().and_then(|s| s.parse().ok()).unwrap_or(60)
 }
 
 fn name_of(node: &Node) -> String {
