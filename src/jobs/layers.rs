@@ -18,19 +18,14 @@ pub fn backing(node: &Node) -> Option<Arc<Node>> {
     backing_edge(node)?.node()
 }
 
-/// The node itself, or what lies below the filters that it is.
-pub fn skip_filters(node: Arc<Node>) -> Arc<Node> {
-    std::iter::successors(Some(node.clone()), |n| n.filtered()).last().unwrap_or(node)
-}
-
 /// The image below: the backing file, filters left out.
 pub fn below(node: &Arc<Node>) -> Option<Arc<Node>> {
-    backing(node).map(skip_filters)
+    backing(node).map(Node::skip_filters)
 }
 
 /// All images from `top` on, itself included, uppermost first, filters left out.
 pub fn chain(top: Arc<Node>) -> impl Iterator<Item = Arc<Node>> {
-    std::iter::successors(Some(skip_filters(top)), below)
+    std::iter::successors(Some(top.skip_filters()), below)
 }
 
 /// What some images say of a place.

@@ -129,7 +129,7 @@ impl Work for Stream {
         let top = &self.plan.top;
         let Some(edge) = backing_edge(top) else { return Ok(()) };
         let base = backing_edge(last).and_then(|e| e.node());
-        let named = base.clone().map(super::layers::skip_filters).map(|b| {
+        let named = base.clone().map(Node::skip_filters).map(|b| {
             let name = self.plan.backing_file.clone().unwrap_or_else(|| (self.plan.name_of)(&b));
             (name, b.driver.name())
         });

@@ -18,6 +18,7 @@ use crate::error::Result;
 use crate::event::Events;
 use crate::jobs::backup::{Backup, BackupSpec, BitmapMode, Sync};
 use crate::jobs::job::Work;
+use crate::jobs::layers;
 use crate::jobs::registry::{JobKey, Jobs, Spec, Txn};
 use crate::jobs::table::Kind;
 use crate::qapi::Flat;
@@ -126,7 +127,7 @@ pub(super) fn plan_drive(cx: &mut Cx, plan: &mut Plan, args: DriveBackup) -> Res
     }
     let image = source.clone().skip_filters();
     let format = args.format.as_deref().unwrap_or(image.driver.name());
-    let below = image.driver.edges().into_iter().find(|e| e.role == "backing").and_then(|e| e.node());
+    let below = layers::backing(&image);
     // What is not copied comes from here.
     let backing = match args.common.sync {
         MirrorSyncMode::None => Some(image.clone()),

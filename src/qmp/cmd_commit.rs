@@ -91,7 +91,7 @@ fn base_of(cx: &Cx, top: &Arc<Node>, args: &BlockCommit) -> Result<Arc<Node>> {
             if !in_chain(top, &node) {
                 bail!("'{name}' is not in this backing file chain");
             }
-            Ok(layers::skip_filters(node))
+            Ok(node.skip_filters())
         }
         (None, Some(file)) => need_backing(top, file),
         (None, None) => {
@@ -103,8 +103,8 @@ fn base_of(cx: &Cx, top: &Arc<Node>, args: &BlockCommit) -> Result<Arc<Node>> {
 fn block_commit(cx: &mut Cx, args: BlockCommit) -> Result<()> {
     let root = root_of(cx, &args.common.0.device)?;
     cx.vm.check_idle(&root)?;
-    let active = layers::skip_filters(root.clone());
-    let top = layers::skip_filters(top_of(cx, &root, &args)?);
+    let active = root.clone().skip_filters();
+    let top = top_of(cx, &root, &args)?.skip_filters();
     let base = base_of(cx, &top, &args)?;
     let mut nodes = vec![root.clone()];
     for image in layers::chain(active.clone()) {

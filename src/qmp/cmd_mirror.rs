@@ -115,16 +115,12 @@ fn disk(cx: &Cx, device: &str) -> Result<Disk> {
     Ok(Disk { root, image })
 }
 
-fn backing(image: &Arc<Node>) -> Option<Arc<Node>> {
-    layers::below(image)
-}
-
 /// `top` of a disk without a backing file is all of it.
 fn sync_of(common: &MirrorCommon, disk: &Disk) -> Result<MirrorSyncMode> {
     Ok(match common.sync {
         MirrorSyncMode::Incremental => bail!("Sync mode 'incremental' not supported"),
         MirrorSyncMode::Bitmap => bail!("Sync mode 'bitmap' not supported"),
-        MirrorSyncMode::Top if backing(&disk.image).is_none() => MirrorSyncMode::Full,
+        MirrorSyncMode::Top if layers::below(&disk.image).is_none() => MirrorSyncMode::Full,
         sync => sync,
     })
 }
@@ -189,7 +185,7 @@ fn drive_mirror(cx: &mut Cx, args: DriveMirror) -> Result<()> {
     let unmap = args.unmap.unwrap_or(true);
     let below = match sync {
         MirrorSyncMode::None => Some(disk.image.clone()),
-        MirrorSyncMode::Top => backing(&disk.image),
+        MirrorSyncMode::Top => layers::below(&disk.image),
         _ => None,
     };
     let new = args.mode.unwrap_or_default() == NewImageMode::AbsolutePaths;

@@ -61,7 +61,7 @@ fn block_stream(cx: &mut Cx, args: BlockStream) -> Result<()> {
         }
     }
     let root = find_node(cx, Some(&device), Some(&device))?;
-    let top = layers::skip_filters(root.clone());
+    let top = root.clone().skip_filters();
     let mut base = None;
     if let Some(name) = &args.base {
         base = Some(need_backing(&root, name)?);
@@ -71,7 +71,7 @@ fn block_stream(cx: &mut Cx, args: BlockStream) -> Result<()> {
         if Arc::ptr_eq(&node, &root) || Arc::ptr_eq(&node, &top) || !in_chain(&root, &node) {
             bail!("Node '{name}' is not a backing image of '{device}'");
         }
-        base = Some(layers::skip_filters(node));
+        base = Some(node.skip_filters());
     }
     let mut bottom = None;
     if let Some(name) = &args.bottom {
