@@ -496,11 +496,7 @@ impl Control {
 
     /// How many images a disk's topmost one stands on.
     fn depth(&self, disk: usize) -> usize {
-        let below = |n: &Arc<Node>| {
-            let edge =
-                n.driver.filtered().or_else(|| n.driver.edges().into_iter().find(|e| e.role == "backing"));
-            edge?.node()
-        };
+        let below = |n: &Arc<Node>| n.filtered().or_else(|| n.backing());
         let images = std::iter::successors(Some(self.root(disk)), below);
         images.filter(|n| n.driver.name() == "qcow2").count() - 1
     }

@@ -249,24 +249,12 @@ impl Driver for Blkdebug {
         "blkdebug"
     }
 
-    fn len(&self) -> u64 {
-        self.image.peek(Node::len).unwrap_or(0)
-    }
-
-    fn grows(&self) -> bool {
-        self.image.peek(|n| n.driver.grows()).unwrap_or(false)
-    }
-
     fn limits(&self) -> Limits {
         self.limits
     }
 
-    fn edges(&self) -> Vec<Arc<Edge>> {
-        vec![self.image.clone()]
-    }
-
-    fn filtered(&self) -> Option<Arc<Edge>> {
-        Some(self.image.clone())
+    fn filtered(&self) -> Option<&Arc<Edge>> {
+        Some(&self.image)
     }
 
     fn wants(&self, _: &Edge, above: (Perm, Perm)) -> (Perm, Perm) {

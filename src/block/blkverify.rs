@@ -7,7 +7,7 @@
 //!
 //! Owns: the ranges in use. Threads: I/O from any. Locks: that list's own.
 
-use super::driver::{Driver, Extent, Flags, ImageInfo, Limits, Perm};
+use super::driver::{Driver, Flags, ImageInfo, Limits, Perm};
 use super::filename::names;
 use super::node::{Edge, Node, errno};
 use super::open::{Child, Open, Opening};
@@ -111,8 +111,8 @@ impl Driver for Blkverify {
         vec![self.raw.clone(), self.test.clone()]
     }
 
-    fn filtered(&self) -> Option<Arc<Edge>> {
-        Some(self.raw.clone())
+    fn filtered(&self) -> Option<&Arc<Edge>> {
+        Some(&self.raw)
     }
 
     fn wants(&self, edge: &Edge, above: (Perm, Perm)) -> (Perm, Perm) {
@@ -158,10 +158,6 @@ impl Driver for Blkverify {
     /// What is right need not last.
     fn flush(&self) -> io::Result<()> {
         self.test.need()?.flush()
-    }
-
-    fn status(&self, off: u64, len: u64) -> io::Result<Extent> {
-        self.raw.need()?.status(off, len)
     }
 
     fn resize(&self, len: u64) -> io::Result<()> {

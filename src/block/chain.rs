@@ -1,12 +1,50 @@
-//! What a reader finds at a place of a disk, wherever in the chain of backing files it lies.
+//! The way down from a node, past filters and to backing files; and what a reader finds at a place of
+//! a disk, wherever in the chain of backing files it lies.
 //!
 //! Owns: nothing. Never: reads data. Threads: any, with a ticket in hand
 //! ([`Handle::contents`](super::handle::Handle::contents)) or on the control thread. Locks: none.
 
 use super::driver::{Extent, ExtentKind};
-use super::node::Node;
+use super::node::{Edge, Node};
 use std::io;
 use std::sync::Arc;
+
+impl Node {
+    /// The node below that this one filters, if it is a filter.
+    pub fn filtered(&self) -> Option<Arc<Node>> {
+        self.driver.filtered()?.node()
+    }
+
+    /// This node, or the first below it that is no filter.
+    pub fn skip_filters(self: Arc<Node>) -> Arc<Node> {
+        let mut node = self;
+        while let Some(below) = node.filtered() {
+            node = below;
+        }
+        node
+    }
+
+    /// This node, or the first below it that the user knows of.
+    pub fn skip_implicit(self: Arc<Node>) -> Arc<Node> {
+        let mut node = self;
+        while node.options().implicit
+            && let Some(below) = node.filtered()
+        {
+            node = below;
+        }
+        node
+    }
+
+    /// The edge to the backing file, if it is of a format that has one.
+    pub fn backing_edge(&self) -> Option<Arc<Edge>> {
+        self.driver.edges().into_iter().find(|e| e.role == "backing")
+    }
+
+    /// The node that is the backing file, which may be a filter.
+    pub fn backing(&self) -> Option<Arc<Node>> {
+        self.backing_edge()?.node()
+    }
+}
 
 /// What [`contents`] found.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -38,8 +76,7 @@ pub fn contents(node: &Node, off: u64, len: u64) -> io::Result<Contents> {
             ExtentKind::Zero => return Ok(Contents { zero: true, depth, len }),
             ExtentKind::Unallocated => {}
         }
-        let backing = node.driver.edges().into_iter().find(|e| e.role == "backing");
-        match backing.and_then(|e| e.node()) {
+        match node.backing() {
             Some(next) => below = Some(next),
             None => return Ok(Contents { zero: true, depth: 0, len }),
         }
@@ -61,8 +98,7 @@ pub fn stands_alone(image: &Node) -> bool {
     if image.driver.filtered().is_some() {
         return stands_alone(image);
     }
-    let backing = image.driver.edges().into_iter().find(|e| e.role == "backing");
-    backing.and_then(|e| e.node()).is_none() && image.driver.info().backing_filename.is_none()
+    image.backing().is_none() && image.driver.info().backing_filename.is_none()
 }
 
 #[cfg(test)]

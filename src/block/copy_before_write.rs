@@ -15,7 +15,7 @@
 
 use super::bitmap::Bitmap;
 use super::chain;
-use super::driver::{Driver, Extent, Flags, Limits, Perm};
+use super::driver::{Driver, Flags, Perm};
 use super::filename::names;
 use super::node::{Edge, Node, NodeOptions};
 use crate::error::Result;
@@ -253,7 +253,7 @@ fn stays_zero(target: &Node, off: u64, len: u64) -> io::Result<u64> {
     Ok(if found.zero && own { found.len } else { 0 })
 }
 
-/// See the module's head.
+/// See the module's head. A flush is the disk's alone: the target is flushed when the copy is complete.
 pub struct CopyBeforeWrite {
     copies: Arc<Copies>,
     name: String,
@@ -341,21 +341,12 @@ impl Driver for CopyBeforeWrite {
         "copy-before-write"
     }
 
-    fn len(&self) -> u64 {
-        self.source().peek(Node::len).unwrap_or(0)
-    }
-
-    fn limits(&self) -> Limits {
-        let below = self.source().peek(Node::limits).unwrap_or_default();
-        Limits { request_alignment: 1, memory_alignment: 1, ..below }
-    }
-
     fn edges(&self) -> Vec<Arc<Edge>> {
         vec![self.source().clone(), self.copies.target.clone()]
     }
 
-    fn filtered(&self) -> Option<Arc<Edge>> {
-        Some(self.source().clone())
+    fn filtered(&self) -> Option<&Arc<Edge>> {
+        Some(self.source())
     }
 
     fn wants(&self, edge: &Edge, above: (Perm, Perm)) -> (Perm, Perm) {
@@ -365,10 +356,6 @@ impl Driver for CopyBeforeWrite {
         }
         // Another writer would go past the filter.
         (above.0 | Perm::CONSISTENT_READ, above.1 & !(Perm::WRITE | Perm::RESIZE))
-    }
-
-    fn read(&self, off: u64, to: &mut IovMut) -> io::Result<()> {
-        self.source().need()?.read(off, to)
     }
 
     fn write(&self, off: u64, from: &Iov, flags: Flags) -> io::Result<()> {
@@ -384,20 +371,6 @@ impl Driver for CopyBeforeWrite {
     fn discard(&self, off: u64, len: u64) -> io::Result<()> {
         self.before(off, len)?;
         self.source().need()?.discard(off, len)
-    }
-
-    /// The disk alone: the target is flushed when the copy is complete.
-    fn flush(&self) -> io::Result<()> {
-        self.source().need()?.flush()
-    }
-
-    /// It is on nothing by now, and held nothing back.
-    fn close(&self) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn status(&self, off: u64, len: u64) -> io::Result<Extent> {
-        self.source().need()?.status(off, len)
     }
 
     fn filename(&self) -> String {

@@ -1,4 +1,5 @@
 use super::*;
+use crate::block::driver::Extent;
 use crate::block::graph::Graph;
 use crate::block::handle::{Handle, HandleSpec};
 use crate::block::testing::{Mem, MemState, Rng};

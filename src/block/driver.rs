@@ -138,6 +138,14 @@ impl Default for Limits {
     }
 }
 
+impl Limits {
+    /// Of a driver that takes any request and passes it on along `edge`: the node below aligns it.
+    pub fn above(edge: &Edge) -> Limits {
+        let below = edge.peek(Node::limits).unwrap_or_default();
+        Limits { request_alignment: 1, memory_alignment: 1, ..below }
+    }
+}
+
 /// What is at a place of the disk.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum ExtentKind {
@@ -253,13 +261,16 @@ pub trait StoredBitmaps {
 }
 
 /// A format, protocol or filter. See the module's head for who calls it and how. A filter says so
-/// with [`Driver::filtered`]; then what it does not do itself is done by the node it filters.
+/// with [`Driver::filtered`]; then what it does not do itself is done by the node it filters. All
+/// others have at least `len`, `read`, `write` and `flush`.
 pub trait Driver: Send + Sync {
     /// The name in `blockdev-add`'s `driver` and in queries.
     fn name(&self) -> &'static str;
 
     /// Virtual length in bytes, now. Cheap: it is asked for at every request.
-    fn len(&self) -> u64;
+    fn len(&self) -> u64 {
+        self.filtered().and_then(|e| e.peek(Node::len)).unwrap_or(0)
+    }
 
     /// True when the length is 0.
     fn is_empty(&self) -> bool {
@@ -268,23 +279,24 @@ pub trait Driver: Send + Sync {
 
     /// True when a write beyond the end makes the node longer (a plain file), rather than an error.
     fn grows(&self) -> bool {
-        false
+        self.filtered().and_then(|e| e.peek(|n| n.driver.grows())).unwrap_or(false)
     }
 
-    /// Alignment and preferences; constant while the node is open, but for a reopen.
+    /// Alignment and preferences; constant while the node is open, but for a reopen and a change of
+    /// what is below.
     fn limits(&self) -> Limits {
-        Limits::default()
+        self.filtered().map_or_else(Limits::default, |e| Limits::above(e))
     }
 
     /// The children, by role. Control thread only.
     fn edges(&self) -> Vec<Arc<Edge>> {
-        Vec::new()
+        self.filtered().into_iter().cloned().collect()
     }
 
     /// For a filter, which shows what another node has: the edge to that node, one of
     /// [`Driver::edges`]. Users look through a filter, and some are told nothing of those that they
     /// did not ask for ([`NodeOptions::implicit`](super::node::NodeOptions)).
-    fn filtered(&self) -> Option<Arc<Edge>> {
+    fn filtered(&self) -> Option<&Arc<Edge>> {
         None
     }
 
@@ -313,10 +325,14 @@ pub trait Driver: Send + Sync {
     }
 
     /// Reads `to.len()` bytes at `off`.
-    fn read(&self, off: u64, to: &mut IovMut) -> io::Result<()>;
+    fn read(&self, off: u64, to: &mut IovMut) -> io::Result<()> {
+        pass(self, |n| n.read(off, to))
+    }
 
     /// Writes all of `from` at `off`. A driver may ignore [`Flags::FUA`]: the node flushes.
-    fn write(&self, off: u64, from: &Iov, flags: Flags) -> io::Result<()>;
+    fn write(&self, off: u64, from: &Iov, flags: Flags) -> io::Result<()> {
+        pass(self, |n| n.write(off, from, flags))
+    }
 
     /// Makes `len` bytes at `off` read as zeroes. ENOTSUP: the node writes zeroes itself.
     fn zero(&self, off: u64, len: u64, flags: Flags) -> io::Result<()> {
@@ -337,7 +353,9 @@ pub trait Driver: Send + Sync {
     }
 
     /// Every write that returned before this call is on stable storage when this returns.
-    fn flush(&self) -> io::Result<()>;
+    fn flush(&self) -> io::Result<()> {
+        pass(self, Node::flush)
+    }
 
     /// What is at `off`; `len` > 0 bytes are of interest.
     fn status(&self, off: u64, len: u64) -> io::Result<Extent> {
@@ -478,8 +496,12 @@ pub trait Driver: Send + Sync {
     }
 
     /// Writes back what is held in memory and marks the image clean. Called once, by the control
-    /// thread, when no request runs any more; afterwards the node is dropped.
+    /// thread, when no request runs any more; afterwards the node is dropped. A filter that is on
+    /// nothing any more has nothing to write.
     fn close(&self) -> io::Result<()> {
-        self.flush()
+        match self.filtered() {
+            Some(edge) if edge.node().is_none() => Ok(()),
+            _ => self.flush(),
+        }
     }
 }

@@ -71,7 +71,15 @@ impl Graph {
             }
             return Err(e);
         }
+        self.refresh_limits();
         Ok(())
+    }
+
+    /// Who is above what has changed may have other limits now.
+    pub(super) fn refresh_limits(&self) {
+        let nodes: Vec<_> = self.nodes().cloned().collect();
+        let order = perm::order(&nodes).unwrap_or_default();
+        order.iter().rev().for_each(|n| n.refresh_limits());
     }
 }
 
@@ -137,7 +145,7 @@ impl Graph {
 
 fn filtered(filter: &Arc<Node>) -> Result<Arc<Edge>> {
     let none = || Error::new(format!("Node '{}' is not a filter", filter.name));
-    filter.driver.filtered().ok_or_else(none)
+    filter.driver.filtered().cloned().ok_or_else(none)
 }
 
 /// A change of the graph under way; see [`Graph::edit`].

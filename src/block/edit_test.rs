@@ -1,5 +1,5 @@
 use super::*;
-use crate::block::driver::{Driver, Flags, Perm};
+use crate::block::driver::{Driver, Flags, Limits, Perm};
 use crate::block::handle::HandleSpec;
 use crate::block::node::NodeOptions;
 use crate::block::testing::Mem;
@@ -18,27 +18,15 @@ impl Driver for Counting {
     fn name(&self) -> &'static str {
         "counting"
     }
-    fn len(&self) -> u64 {
-        self.edge.peek(Node::len).unwrap_or(0)
-    }
-    fn edges(&self) -> Vec<Arc<Edge>> {
-        vec![self.edge.clone()]
-    }
-    fn filtered(&self) -> Option<Arc<Edge>> {
-        Some(self.edge.clone())
+    fn filtered(&self) -> Option<&Arc<Edge>> {
+        Some(&self.edge)
     }
     fn wants(&self, _: &Edge, above: (Perm, Perm)) -> (Perm, Perm) {
         if self.alone { (above.0, above.1 & !Perm::WRITE) } else { above }
     }
-    fn read(&self, off: u64, to: &mut IovMut) -> io::Result<()> {
-        self.edge.need()?.read(off, to)
-    }
     fn write(&self, off: u64, from: &Iov, flags: Flags) -> io::Result<()> {
         self.writes.fetch_add(1, Ordering::Relaxed);
         self.edge.need()?.write(off, from, flags)
-    }
-    fn flush(&self) -> io::Result<()> {
-        self.edge.need()?.flush()
     }
 }
 
@@ -102,7 +90,7 @@ fn a_filter_that_the_users_do_not_allow_leaves_no_trace() {
     graph.add(filter.clone()).unwrap();
     let done = graph.edit(&quiesced, |edit| {
         edit.set_root(&two, Some(filter.clone()))?;
-        edit.set(&filter.driver.filtered().unwrap(), Some(disk.clone()))
+        edit.set(filter.driver.filtered().unwrap(), Some(disk.clone()))
     });
     drop(quiesced);
     assert!(done.unwrap_err().to_string().starts_with("Permission conflict on node 'disk'"));
@@ -111,4 +99,38 @@ fn a_filter_that_the_users_do_not_allow_leaves_no_trace() {
     assert!(Arc::ptr_eq(&one.node().unwrap(), &other));
     let plain = graph.remove_filter(&disk).unwrap_err();
     assert_eq!(plain.to_string(), "Node 'disk' is not a filter");
+}
+
+#[test]
+fn a_filter_passes_on_what_it_does_not_say_itself() {
+    let mut graph = Graph::new();
+    let limits = Limits { request_alignment: 512, discard_alignment: 65536, ..Limits::default() };
+    let mem = Mem { grows: true, limits: Limits { cheap_zeroes: true, ..limits }, ..Mem::new(4096) };
+    let disk = Node::new("disk", Box::new(mem), NodeOptions::default());
+    graph.add(disk.clone()).unwrap();
+    graph.own(&disk);
+    let handle = graph.attach(Some(disk.clone()), HandleSpec::default()).unwrap();
+    let (filter, _) = counting("filter", false);
+    assert_eq!(filter.limits(), Limits::default(), "it is on nothing");
+    graph.insert_filter(&filter, &disk).unwrap();
+    // It takes any request, and the disk aligns it.
+    let passed = Limits { request_alignment: 1, cheap_zeroes: true, ..limits };
+    assert_eq!(filter.limits(), passed);
+    // A format above may have to write beyond the end.
+    filter.write(5000, &Iov::from_slice(b"more"), Flags::NONE).unwrap();
+    assert_eq!(handle.len(), 5120);
+    let mut back = [0; 4];
+    filter.read(5000, &mut IovMut::from_slice(&mut back)).unwrap();
+    assert_eq!(&back, b"more");
+    // A medium with other needs below it.
+    let other = Mem { limits: Limits { discard_alignment: 4096, ..Limits::default() }, ..Mem::new(4096) };
+    let other = Node::new("other", Box::new(other), NodeOptions::default());
+    graph.add(other.clone()).unwrap();
+    let quiesced = graph.quiesce(&[&filter], &[]);
+    let edge = filter.driver.filtered().unwrap();
+    graph.edit(&quiesced, |edit| edit.set(edge, Some(other.clone()))).unwrap();
+    drop(quiesced);
+    assert_eq!(filter.limits().discard_alignment, 4096);
+    graph.remove_filter(&filter).unwrap();
+    assert!(filter.driver.close().is_ok(), "it is on nothing, and has nothing to write");
 }

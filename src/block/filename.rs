@@ -38,16 +38,8 @@ impl Names {
 
 /// The child whose bytes the node shows, if there is one such.
 pub fn primary(node: &Node) -> Option<Arc<Node>> {
-    let edge = node.driver.filtered();
+    let edge = node.driver.filtered().cloned();
     edge.or_else(|| node.driver.edges().into_iter().find(|e| e.role == "file"))?.node()
-}
-
-/// The node's backing file; for a filter: none.
-pub fn backing(node: &Node) -> Option<Arc<Node>> {
-    if node.driver.filtered().is_some() {
-        return None;
-    }
-    node.driver.edges().into_iter().find(|e| e.role == "backing")?.node()
 }
 
 /// All names of the node.

@@ -5,7 +5,7 @@
 //! Owns: nothing. Threads: I/O from any. Locks: none.
 
 use super::driver::{Driver, Flags, Limits, Perm};
-use super::node::{Edge, Node};
+use super::node::Edge;
 use super::open::{Child, Open, Opening};
 use crate::bail;
 use crate::error::Result;
@@ -48,24 +48,12 @@ impl Driver for Compress {
         "compress"
     }
 
-    fn len(&self) -> u64 {
-        self.file.peek(Node::len).unwrap_or(0)
-    }
-
-    fn grows(&self) -> bool {
-        self.file.peek(|n| n.driver.grows()).unwrap_or(false)
-    }
-
     fn limits(&self) -> Limits {
         self.limits
     }
 
-    fn edges(&self) -> Vec<Arc<Edge>> {
-        vec![self.file.clone()]
-    }
-
-    fn filtered(&self) -> Option<Arc<Edge>> {
-        Some(self.file.clone())
+    fn filtered(&self) -> Option<&Arc<Edge>> {
+        Some(&self.file)
     }
 
     fn read(&self, off: u64, to: &mut IovMut) -> io::Result<()> {
@@ -99,10 +87,6 @@ impl Driver for Compress {
     fn discard(&self, off: u64, len: u64) -> io::Result<()> {
         let node = self.file.need()?;
         node.discard(off, len.min(node.len().saturating_sub(off)))
-    }
-
-    fn flush(&self) -> io::Result<()> {
-        self.file.need()?.flush()
     }
 }
 

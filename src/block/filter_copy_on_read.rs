@@ -9,8 +9,7 @@
 //! Owns: the list of requests in flight. Threads: I/O from any. Locks: that list's, never across I/O
 //! (requests that overlap a copy wait for it on a condition variable).
 
-use super::driver::{Driver, ExtentKind, Flags, Limits, Perm};
-use super::filename;
+use super::driver::{Driver, ExtentKind, Flags, Perm};
 use super::node::{Edge, Node};
 use super::open::{Child, Open, Opening};
 use super::serial::Serial;
@@ -35,7 +34,6 @@ pub struct CopyOnReadPlan {
 /// See the module's head.
 pub struct CopyOnRead {
     file: Arc<Edge>,
-    limits: Limits,
     /// Copies begin and end at multiples of this, or at the end of the disk.
     granule: u64,
     bottom: Option<Weak<Node>>,
@@ -56,7 +54,7 @@ impl Open for CopyOnReadPlan {
             if found.driver.filtered().is_some() {
                 bail!("Bottom node '{name}' is a filter");
             }
-            let mut chain = std::iter::successors(Some(image(&node)), below);
+            let mut chain = std::iter::successors(Some(node.clone().skip_filters()), below);
             if !chain.any(|n| Arc::ptr_eq(&n, &found)) {
                 bail!("'{name}' is not in the chain of backing files of '{}'", node.name);
             }
@@ -79,26 +77,16 @@ fn wants(above: (Perm, Perm)) -> (Perm, Perm) {
     (above.0 | Perm::WRITE_UNCHANGED, above.1 | Perm::WRITE_UNCHANGED)
 }
 
-/// What `node` is, or filters.
-fn image(node: &Arc<Node>) -> Arc<Node> {
-    let mut image = node.clone();
-    while let Some(below) = image.filtered() {
-        image = below;
-    }
-    image
-}
-
 /// The image behind `node`, which may be a filter itself, or above one.
 fn below(node: &Arc<Node>) -> Option<Arc<Node>> {
-    filename::backing(&image(node)).map(|n| image(&n))
+    node.clone().skip_filters().backing().map(Node::skip_filters)
 }
 
 impl CopyOnRead {
     fn new(file: Arc<Edge>, bottom: Option<Weak<Node>>) -> Result<CopyOnRead> {
         let node = file.need()?;
-        let limits = Limits { request_alignment: 1, memory_alignment: 1, ..node.limits() };
         let granule = node.driver.info().cluster_size.unwrap_or(0).max(4096);
-        Ok(CopyOnRead { file, limits, granule, bottom, serial: Serial::default() })
+        Ok(CopyOnRead { file, granule, bottom, serial: Serial::default() })
     }
 
     /// Whether the first bytes of the range are to be copied, and how many are alike.
@@ -110,7 +98,7 @@ impl CopyOnRead {
         let Some(bottom) = &self.bottom else { return Ok((true, extent.len)) };
         let mut len = extent.len;
         let is_bottom = |node: &Arc<Node>| bottom.upgrade().is_some_and(|b| Arc::ptr_eq(&b, node));
-        if is_bottom(&image(node)) {
+        if is_bottom(&node.clone().skip_filters()) {
             return Ok((false, len));
         }
         let mut image = below(node);
@@ -168,20 +156,8 @@ impl Driver for CopyOnRead {
         "copy-on-read"
     }
 
-    fn len(&self) -> u64 {
-        self.file.peek(Node::len).unwrap_or(0)
-    }
-
-    fn limits(&self) -> Limits {
-        self.limits
-    }
-
-    fn edges(&self) -> Vec<Arc<Edge>> {
-        vec![self.file.clone()]
-    }
-
-    fn filtered(&self) -> Option<Arc<Edge>> {
-        Some(self.file.clone())
+    fn filtered(&self) -> Option<&Arc<Edge>> {
+        Some(&self.file)
     }
 
     fn wants(&self, _: &Edge, above: (Perm, Perm)) -> (Perm, Perm) {
@@ -217,10 +193,6 @@ impl Driver for CopyOnRead {
     fn discard(&self, off: u64, len: u64) -> io::Result<()> {
         let _turn = self.serial.enter(off, off + len, false);
         self.file.need()?.discard(off, len)
-    }
-
-    fn flush(&self) -> io::Result<()> {
-        self.file.need()?.flush()
     }
 }
 

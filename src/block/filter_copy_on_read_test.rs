@@ -1,4 +1,5 @@
 use super::*;
+use crate::block::driver::Limits;
 use crate::block::graph::Graph;
 use crate::block::handle::HandleSpec;
 use crate::block::node::NodeOptions;

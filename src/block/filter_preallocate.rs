@@ -5,13 +5,13 @@
 //! Threads: I/O from any; `set_perm`, `resize` and `close` on the control thread. Locks: the ends',
 //! held while the file is made longer (which others have to wait for anyway).
 
-use super::driver::{Driver, Extent, Flags, Limits, Perm};
+use super::driver::{Driver, Flags, Perm};
 use super::node::{Edge, Node};
 use super::open::{Child, Open, Opening};
 use super::reopen_options::{Ready, Reopening};
 use crate::bail;
 use crate::error::Result;
-use crate::sys::iov::{Iov, IovMut};
+use crate::sys::iov::Iov;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -34,7 +34,6 @@ pub struct PreallocatePlan {
 /// See the module's head.
 pub struct Preallocate {
     file: Arc<Edge>,
-    limits: Limits,
     align: AtomicU64,
     size: AtomicU64,
     /// Where the data end: the length that is shown.
@@ -61,10 +60,9 @@ impl Open for PreallocatePlan {
         let node = file.need()?;
         check(align, size, node.limits().request_alignment)?;
         let (align, size) = (AtomicU64::new(align), AtomicU64::new(size));
-        let limits = Limits { request_alignment: 1, memory_alignment: 1, ..node.limits() };
         let len = node.len();
         let data_end = AtomicU64::new(len);
-        Ok(Box::new(Preallocate { file, limits, align, size, data_end, file_end: Mutex::new(len) }))
+        Ok(Box::new(Preallocate { file, align, size, data_end, file_end: Mutex::new(len) }))
     }
 }
 
@@ -126,20 +124,8 @@ impl Driver for Preallocate {
         self.data_end.load(Ordering::Acquire)
     }
 
-    fn grows(&self) -> bool {
-        self.file.peek(|n| n.driver.grows()).unwrap_or(false)
-    }
-
-    fn limits(&self) -> Limits {
-        self.limits
-    }
-
-    fn edges(&self) -> Vec<Arc<Edge>> {
-        vec![self.file.clone()]
-    }
-
-    fn filtered(&self) -> Option<Arc<Edge>> {
-        Some(self.file.clone())
+    fn filtered(&self) -> Option<&Arc<Edge>> {
+        Some(&self.file)
     }
 
     fn wants(&self, _: &Edge, above: (Perm, Perm)) -> (Perm, Perm) {
@@ -152,10 +138,6 @@ impl Driver for Preallocate {
         }
         // Parents hear of it first: the file can still be cut.
         self.trim()
-    }
-
-    fn read(&self, off: u64, to: &mut IovMut) -> io::Result<()> {
-        self.file.need()?.read(off, to)
     }
 
     fn write(&self, off: u64, from: &Iov, flags: Flags) -> io::Result<()> {
@@ -172,14 +154,6 @@ impl Driver for Preallocate {
         node.zero(off, len, flags)?;
         self.written(off + len);
         Ok(())
-    }
-
-    fn flush(&self) -> io::Result<()> {
-        self.file.need()?.flush()
-    }
-
-    fn status(&self, off: u64, len: u64) -> io::Result<Extent> {
-        self.file.need()?.status(off, len)
     }
 
     fn resize(&self, len: u64) -> io::Result<()> {

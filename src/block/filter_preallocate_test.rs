@@ -3,6 +3,7 @@ use crate::block::graph::Graph;
 use crate::block::handle::HandleSpec;
 use crate::block::open::{self, Common, Plan};
 use crate::block::testing::{NoEnv, Scratch};
+use crate::sys::iov::IovMut;
 
 fn plan(path: &str, align: Option<u64>, size: Option<u64>) -> Plan {
     let file = Child::New(Box::new(open::from_file_name(&NoEnv, path).unwrap()));

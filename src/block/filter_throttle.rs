@@ -6,8 +6,8 @@
 //! Owns: a place in a group. Never: the limits (`throttle.rs` does). Threads: I/O from any; reopen on
 //! the control thread. Locks: its place's, for the moment of a clone.
 
-use super::driver::{Driver, Flags, Limits, Perm};
-use super::node::{Edge, Node};
+use super::driver::{Driver, Flags, Perm};
+use super::node::Edge;
 use super::open::{Child, Open, Opening};
 use super::reopen_options::{Ready, Reopening};
 use super::throttle::Member;
@@ -29,7 +29,6 @@ pub struct ThrottlePlan {
 /// See the module's head.
 pub struct Throttle {
     file: Arc<Edge>,
-    limits: Limits,
     member: RwLock<Arc<Member>>,
 }
 
@@ -40,11 +39,10 @@ impl Open for ThrottlePlan {
 
     fn open(self: Box<Self>, cx: &mut Opening) -> Result<Box<dyn Driver>> {
         let file = cx.child("file", self.file, (Perm::NONE, Perm::ALL))?;
-        let limits = Limits { request_alignment: 1, memory_alignment: 1, ..file.need()?.limits() };
         let Some(group) = cx.throttle_group(&self.group) else {
             bail!("Throttle group '{}' does not exist", self.group);
         };
-        Ok(Box::new(Throttle { file, limits, member: RwLock::new(group.join()) }))
+        Ok(Box::new(Throttle { file, member: RwLock::new(group.join()) }))
     }
 }
 
@@ -59,24 +57,8 @@ impl Driver for Throttle {
         "throttle"
     }
 
-    fn len(&self) -> u64 {
-        self.file.peek(Node::len).unwrap_or(0)
-    }
-
-    fn grows(&self) -> bool {
-        self.file.peek(|n| n.driver.grows()).unwrap_or(false)
-    }
-
-    fn limits(&self) -> Limits {
-        self.limits
-    }
-
-    fn edges(&self) -> Vec<Arc<Edge>> {
-        vec![self.file.clone()]
-    }
-
-    fn filtered(&self) -> Option<Arc<Edge>> {
-        Some(self.file.clone())
+    fn filtered(&self) -> Option<&Arc<Edge>> {
+        Some(&self.file)
     }
 
     fn throttled(&self) -> Option<Arc<Member>> {
@@ -105,10 +87,6 @@ impl Driver for Throttle {
     fn discard(&self, off: u64, len: u64) -> io::Result<()> {
         self.member().wait(false, len);
         self.file.need()?.discard(off, len)
-    }
-
-    fn flush(&self) -> io::Result<()> {
-        self.file.need()?.flush()
     }
 
     fn reopen<'a>(&'a self, how: &Reopening) -> Option<Result<Ready<'a>>> {

@@ -1,6 +1,7 @@
 use super::*;
 use crate::block::graph::Graph;
 use crate::block::handle::{Handle, HandleSpec};
+use crate::block::node::Node;
 use crate::block::open::{self, Common, Env, PassedFd, Plan};
 use crate::block::testing::{Mem, NoEnv};
 use crate::block::throttle::{Group, Limit, Limits as Rates, Which};

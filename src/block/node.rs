@@ -186,31 +186,6 @@ impl Node {
         self.len() == 0
     }
 
-    /// The node below that this one filters, if it is a filter.
-    pub fn filtered(&self) -> Option<Arc<Node>> {
-        self.driver.filtered()?.node()
-    }
-
-    /// This node, or the first below it that is no filter.
-    pub fn skip_filters(self: Arc<Node>) -> Arc<Node> {
-        let mut node = self;
-        while let Some(below) = node.filtered() {
-            node = below;
-        }
-        node
-    }
-
-    /// This node, or the first below it that the user knows of.
-    pub fn skip_implicit(self: Arc<Node>) -> Arc<Node> {
-        let mut node = self;
-        while node.options().implicit
-            && let Some(below) = node.filtered()
-        {
-            node = below;
-        }
-        node
-    }
-
     /// The driver's alignment and preferences.
     pub fn limits(&self) -> Limits {
         self.limits.get()
@@ -227,8 +202,8 @@ impl Node {
         self.options.set(options);
     }
 
-    /// It has been reopened: its driver may have other limits. Only the graph does this, with the
-    /// gates above closed.
+    /// It has been reopened, or what is below has changed: its driver may have other limits. Only the
+    /// graph does this, with the gates above closed.
     pub(super) fn refresh_limits(&self) {
         self.limits.set(self.driver.limits());
     }
@@ -529,9 +504,20 @@ impl Node {
         if inside == 0 {
             return Ok(Extent { kind: ExtentKind::Zero, len, host_offset: None });
         }
-        let mut extent = self.driver.status(off, inside)?;
-        extent.len = extent.len.clamp(1, inside);
-        Ok(extent)
+        // A filter asks the node below, which aligns it.
+        let align = match self.driver.filtered() {
+            Some(_) => 1,
+            None => u64::from(self.limits().request_alignment),
+        };
+        let (start, end) = (off & !(align - 1), (off + inside).next_multiple_of(align));
+        let Extent { kind, len, host_offset } = self.driver.status(start, end - start)?;
+        let before = off - start;
+        Ok(Extent {
+            // "Data" is right of everything.
+            kind: if len > before { kind } else { ExtentKind::Data },
+            len: len.saturating_sub(before).clamp(1, inside),
+            host_offset: host_offset.map(|at| at + before),
+        })
     }
 
     /// Changes the virtual length. EACCES when read-only. The graph calls it, with the gates above

@@ -244,3 +244,15 @@ fn the_threshold_is_told_once_by_how_much_it_was_exceeded() {
     node.write(900, &Iov::from_slice(&[1; 300]), Flags::NONE).unwrap();
     assert_eq!((told.load(Ordering::SeqCst), node.write_threshold()), (100, 0));
 }
+
+#[test]
+fn a_driver_that_needs_aligned_requests_is_asked_for_aligned_places() {
+    let mut mem = Mem::new(4096);
+    mem.limits.request_alignment = 512;
+    let node = Node::new("n", Box::new(mem), NodeOptions::default());
+    for (off, len) in [(0, 4096), (1, 1), (700, 2000), (3584, 9000), (4095, 1)] {
+        let inside = len.min(4096 - off);
+        let wanted = Extent { kind: ExtentKind::Data, len: inside, host_offset: Some(off) };
+        assert_eq!(node.status(off, len).unwrap(), wanted, "{off}+{len}");
+    }
+}

@@ -75,8 +75,6 @@ impl Window {
 pub struct Raw {
     file: Arc<Edge>,
     window: Window,
-    /// The child's limits, and the largest alignment that the window's start allows.
-    limits: Limits,
 }
 
 impl Open for RawPlan {
@@ -90,11 +88,9 @@ impl Open for RawPlan {
         let file = cx.child("file", self.file, perm)?;
         let node = file.need()?;
         Window::check(self.offset, self.size, node.len())?;
-        // The child's node aligns what it must; a window may start anywhere.
-        let limits = Limits { request_alignment: 1, memory_alignment: 1, ..node.limits() };
         let window = Window { offset: AtomicU64::new(0), size: AtomicU64::new(0) };
         window.set(self.offset, self.size);
-        Ok(Box::new(Raw { file, window, limits }))
+        Ok(Box::new(Raw { file, window }))
     }
 }
 
@@ -116,8 +112,9 @@ impl Driver for Raw {
         self.window.size().is_none() && self.file.peek(|n| n.driver.grows()).unwrap_or(false)
     }
 
+    /// A window may start anywhere.
     fn limits(&self) -> Limits {
-        self.limits
+        Limits::above(&self.file)
     }
 
     fn edges(&self) -> Vec<Arc<Edge>> {

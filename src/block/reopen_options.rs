@@ -7,7 +7,6 @@
 //!
 //! Owns: that order, and QEMU's texts. Never: JSON, a driver's options. Threads: control. Locks: none.
 
-use super::filename;
 use super::graph::Graph;
 use super::node::{Edge, Node, NodeOptions};
 use super::open::{Asked, Common, Env};
@@ -134,8 +133,8 @@ impl Graph {
         }
         if done.is_ok() {
             ready.into_iter().for_each(|now| now());
+            self.refresh_limits();
             for item in &items {
-                item.node.refresh_limits();
                 item.node.set_asked(item.asked.clone());
             }
         }
@@ -274,7 +273,7 @@ impl Graph {
         let ready = ready?;
         let header = || node.driver.info().backing_filename.is_some();
         let has_backing = edges.iter().any(|e| e.role == "backing");
-        if item.silent && has_backing && (filename::backing(node).is_some() || header()) {
+        if item.silent && has_backing && (node.backing().is_some() || header()) {
             bail!("backing is missing for '{}'", node.name);
         }
         for (key, value) in given {

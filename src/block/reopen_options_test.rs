@@ -1,5 +1,6 @@
 use super::*;
 use crate::block::driver::Flags;
+use crate::block::filename;
 use crate::block::handle::HandleSpec;
 use crate::block::open;
 use crate::block::testing::{Rng, Scratch};

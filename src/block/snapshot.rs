@@ -48,8 +48,7 @@ pub trait Moment {
 }
 
 fn backing_edge(node: &Node) -> Result<Arc<Edge>> {
-    let edge = node.driver.edges().into_iter().find(|e| e.role == "backing");
-    edge.ok_or_else(|| Error::new("The overlay does not support backing images"))
+    node.backing_edge().ok_or_else(|| Error::new("The overlay does not support backing images"))
 }
 
 /// Whether `over` can be put on top of another node, as far as it is known by itself.

@@ -137,6 +137,7 @@ impl Driver for Mem {
         }
     }
     fn status(&self, off: u64, len: u64) -> io::Result<Extent> {
+        self.check(off, len)?;
         Ok(Extent { kind: ExtentKind::Data, len, host_offset: Some(off) })
     }
     fn resize(&self, len: u64) -> io::Result<()> {

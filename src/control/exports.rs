@@ -203,6 +203,5 @@ impl Vm {
 
 /// The node that a node stands for, or that is behind it.
 fn behind(node: &Arc<Node>) -> Option<Arc<Node>> {
-    let backing = || node.driver.edges().into_iter().find(|e| e.role == "backing");
-    node.driver.filtered().or_else(backing)?.node()
+    node.filtered().or_else(|| node.backing())
 }

@@ -57,15 +57,17 @@ impl Vm {
         }
     }
 
+    /// The name of the drive on `node`, if there is one that has a name.
+    pub fn drive_of(&self, node: &Arc<Node>) -> Option<&str> {
+        let node = node.clone().skip_implicit();
+        let is_it = |n: Arc<Node>| Arc::ptr_eq(&n.skip_implicit(), &node);
+        let mut named = self.drives.iter().filter(|d| !d.name().is_empty());
+        named.find(|d| d.handle.node().is_some_and(is_it)).map(|d| d.name())
+    }
+
     /// The drive on `node`, or the node, as messages name it.
     pub fn disk_name(&self, node: &Arc<Node>) -> String {
-        let on = |d: &&crate::block::drive::Drive| {
-            !d.name().is_empty()
-                && d.handle
-                    .node()
-                    .is_some_and(|n| Arc::ptr_eq(&n.skip_implicit(), &node.clone().skip_implicit()))
-        };
-        self.drives.iter().find(on).map_or_else(|| node.name.clone(), |d| d.name().to_string())
+        self.drive_of(node).unwrap_or(&node.name).to_string()
     }
 
     /// Fails when a job uses `node` in a way that does not go with other changes of it.

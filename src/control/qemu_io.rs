@@ -14,6 +14,7 @@
 use super::qemu_io_text::{Args, Stop, cvtstr, dump, pattern, report, size};
 use crate::block::debug::Moments;
 use crate::block::driver::Flags;
+use crate::block::filename;
 use crate::block::handle::{Handle, Request};
 use crate::block::node::Node;
 use crate::block::stats::Kind;
@@ -159,11 +160,7 @@ fn command(handle: &Handle, words: &[String], under_way: &UnderWay, out: &mut St
 
 /// The node whose breakpoints a user of `node` means: it or the first that its data come from.
 fn tested(node: Arc<Node>) -> Option<Arc<Node>> {
-    let data = |n: &Arc<Node>| {
-        let file = || n.driver.edges().into_iter().find(|e| e.role == "file");
-        n.driver.filtered().or_else(file)?.node()
-    };
-    std::iter::successors(Some(node), data).find(|n| n.is_tested())
+    std::iter::successors(Some(node), |n| filename::primary(n)).find(|n| n.is_tested())
 }
 
 fn breakpoint(handle: &Handle, args: &mut Args) -> Result<(), Stop> {

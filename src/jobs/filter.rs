@@ -3,13 +3,11 @@
 //!
 //! Owns: an edge. Never: changes a request. Threads: I/O from any. Locks: none.
 
-use crate::block::driver::{Driver, Flags, Limits, Perm};
+use crate::block::driver::{Driver, Perm};
 use crate::block::filename::names;
 use crate::block::graph::Graph;
 use crate::block::node::{Edge, Node, NodeOptions};
 use crate::error::Result;
-use crate::sys::iov::{Iov, IovMut};
-use std::io;
 use std::sync::Arc;
 
 /// What a [`PassThrough`] asks of the node below it.
@@ -26,7 +24,6 @@ pub enum Asks {
 pub struct PassThrough {
     name: &'static str,
     file: Arc<Edge>,
-    limits: Limits,
     asks: Asks,
 }
 
@@ -47,7 +44,7 @@ pub fn insert(
         }
         None => graph.auto_name(),
     };
-    let filter = PassThrough { name: driver, file: Edge::new("file", None), limits: at.limits(), asks };
+    let filter = PassThrough { name: driver, file: Edge::new("file", None), asks };
     let options = NodeOptions { read_only: at.read_only(), implicit, ..NodeOptions::default() };
     let node = Node::new(name, Box::new(filter), options);
     graph.insert_filter(&node, at)?;
@@ -59,20 +56,8 @@ impl Driver for PassThrough {
         self.name
     }
 
-    fn len(&self) -> u64 {
-        self.file.peek(Node::len).unwrap_or(0)
-    }
-
-    fn limits(&self) -> Limits {
-        Limits { request_alignment: 1, memory_alignment: 1, ..self.limits }
-    }
-
-    fn edges(&self) -> Vec<Arc<Edge>> {
-        vec![self.file.clone()]
-    }
-
-    fn filtered(&self) -> Option<Arc<Edge>> {
-        Some(self.file.clone())
+    fn filtered(&self) -> Option<&Arc<Edge>> {
+        Some(&self.file)
     }
 
     fn wants(&self, _: &Edge, above: (Perm, Perm)) -> (Perm, Perm) {
@@ -80,23 +65,6 @@ impl Driver for PassThrough {
             Asks::Same => above,
             Asks::Lenient => (above.0 & !Perm::CONSISTENT_READ, Perm::ALL),
         }
-    }
-
-    fn read(&self, off: u64, to: &mut IovMut) -> io::Result<()> {
-        self.file.need()?.read(off, to)
-    }
-
-    fn write(&self, off: u64, from: &Iov, flags: Flags) -> io::Result<()> {
-        self.file.need()?.write(off, from, flags)
-    }
-
-    fn flush(&self) -> io::Result<()> {
-        self.file.need()?.flush()
-    }
-
-    /// It is on nothing by now, and held nothing back.
-    fn close(&self) -> io::Result<()> {
-        Ok(())
     }
 
     fn filename(&self) -> String {

@@ -4,23 +4,13 @@
 //! or the control thread. Locks: none.
 
 use crate::block::driver::ExtentKind;
-use crate::block::node::{Edge, Node};
+use crate::block::node::Node;
 use std::io;
 use std::sync::Arc;
 
-/// The edge to the backing file, if the node is of a format that has one.
-pub fn backing_edge(node: &Node) -> Option<Arc<Edge>> {
-    node.driver.edges().into_iter().find(|e| e.role == "backing")
-}
-
-/// The node that is the backing file, which may be a filter.
-pub fn backing(node: &Node) -> Option<Arc<Node>> {
-    backing_edge(node)?.node()
-}
-
 /// The image below: the backing file, filters left out.
 pub fn below(node: &Arc<Node>) -> Option<Arc<Node>> {
-    backing(node).map(Node::skip_filters)
+    node.backing().map(Node::skip_filters)
 }
 
 /// All images from `top` on, itself included, uppermost first, filters left out.

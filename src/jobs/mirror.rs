@@ -163,7 +163,7 @@ impl Mirror {
     pub fn new(graph: &mut Graph, mut plan: Plan) -> Result<Mirror> {
         let image = plan.target.clone().skip_filters();
         // Its backing file comes later: a cluster that it has only a part of would hide the rest.
-        let bare = layers::backing(&image).is_none() && !chain::stands_alone(&image);
+        let bare = image.backing().is_none() && !chain::stands_alone(&image);
         if bare {
             let cluster = image.driver.info().cluster_size.unwrap_or(0).next_power_of_two();
             plan.granularity = plan.granularity.max(u32::try_from(cluster).unwrap_or(0));
@@ -502,7 +502,7 @@ impl Work for Mirror {
         }
         graph.set_perm(&dst, Perm::NONE, Perm::ALL)?;
         let longer = target.len() != from.len();
-        let backing = self.plan.backing.clone().zip(layers::backing_edge(&target));
+        let backing = self.plan.backing.clone().zip(target.backing_edge());
         // Now the job's own handle as well, which is done.
         let all = graph.quiesce(&[&self.plan.source, &from, &target], &[]);
         let done = graph.edit(&all, |edit| {

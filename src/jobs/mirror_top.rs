@@ -10,13 +10,14 @@
 //! whoever has a turn waits for nothing but I/O.
 
 use crate::block::bitmap::Bitmap;
-use crate::block::driver::{Driver, ExtentKind, Flags, Limits, Perm};
+use crate::block::driver::{Driver, ExtentKind, Flags, Perm};
+use crate::block::filename::names;
 use crate::block::graph::Graph;
 use crate::block::node::{Edge, Node, NodeOptions};
 use crate::block::serial::Serial;
 use crate::error::Result;
 use crate::sys::buf::AlignedBuf;
-use crate::sys::iov::{Iov, IovMut};
+use crate::sys::iov::Iov;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -79,7 +80,6 @@ impl Active {
 /// See the module's head.
 pub struct MirrorTop {
     file: Arc<Edge>,
-    limits: Limits,
     /// Marked after each write, before the writer hears of it; also when it failed.
     dirty: Arc<Bitmap>,
     /// The target is below the disk (the commit of an active image): what lies between must let
@@ -117,7 +117,7 @@ pub fn insert(
     // The filter marks it: as a bitmap of a node it is only shown.
     dirty.set_enabled(false);
     let file = Edge::new("file", None);
-    let filter = MirrorTop { file, limits: source.limits(), dirty: dirty.clone(), commit, active };
+    let filter = MirrorTop { file, dirty: dirty.clone(), commit, active };
     let options = NodeOptions { read_only: source.read_only(), implicit, ..NodeOptions::default() };
     let node = Node::new(name, Box::new(filter), options);
     node.insert_bitmap(dirty.clone())?;
@@ -178,21 +178,13 @@ impl Driver for MirrorTop {
         "mirror_top"
     }
 
-    fn len(&self) -> u64 {
-        self.file.peek(Node::len).unwrap_or(0)
-    }
-
-    fn limits(&self) -> Limits {
-        Limits { request_alignment: 1, memory_alignment: 1, ..self.limits }
-    }
-
     fn edges(&self) -> Vec<Arc<Edge>> {
         let target = self.active.iter().map(|a| a.target.clone());
         std::iter::once(self.file.clone()).chain(target).collect()
     }
 
-    fn filtered(&self) -> Option<Arc<Edge>> {
-        Some(self.file.clone())
+    fn filtered(&self) -> Option<&Arc<Edge>> {
+        Some(&self.file)
     }
 
     fn wants(&self, edge: &Edge, above: (Perm, Perm)) -> (Perm, Perm) {
@@ -205,10 +197,6 @@ impl Driver for MirrorTop {
             // Another writer would go past the filter.
             false => (above.0, above.1 & !(Perm::WRITE | Perm::RESIZE)),
         }
-    }
-
-    fn read(&self, off: u64, to: &mut IovMut) -> io::Result<()> {
-        self.file.need()?.read(off, to)
     }
 
     fn write(&self, off: u64, from: &Iov, flags: Flags) -> io::Result<()> {
@@ -237,16 +225,7 @@ impl Driver for MirrorTop {
         self.after(off, len, done)
     }
 
-    fn flush(&self) -> io::Result<()> {
-        self.file.need()?.flush()
-    }
-
-    /// It is on nothing by now, and held nothing back.
-    fn close(&self) -> io::Result<()> {
-        Ok(())
-    }
-
     fn filename(&self) -> String {
-        self.file.node().map(|n| n.driver.filename()).unwrap_or_default()
+        self.file.node().map(|n| names(&n).shown()).unwrap_or_default()
     }
 }

@@ -7,7 +7,7 @@
 //! Owns: the walk. Never: names of files (it is told them). Threads: as [`Work`] says. Locks: none.
 
 use super::job::{After, JobCtx, Stop, Work, attach};
-use super::layers::{Found, backing_edge, below, find};
+use super::layers::{Found, below, find};
 use crate::block::driver::{ExtentKind, Perm};
 use crate::block::graph::Graph;
 use crate::block::handle::{Handle, OnError};
@@ -127,8 +127,8 @@ impl Work for Stream {
     fn prepare(&mut self, graph: &mut Graph) -> Result<()> {
         let Some(last) = self.plan.from.last() else { return Ok(()) };
         let top = &self.plan.top;
-        let Some(edge) = backing_edge(top) else { return Ok(()) };
-        let base = backing_edge(last).and_then(|e| e.node());
+        let Some(edge) = top.backing_edge() else { return Ok(()) };
+        let base = last.backing();
         let named = base.clone().map(Node::skip_filters).map(|b| {
             let name = self.plan.backing_file.clone().unwrap_or_else(|| (self.plan.name_of)(&b));
             (name, b.driver.name())

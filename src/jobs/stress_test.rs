@@ -187,7 +187,7 @@ impl Desk {
     /// To a new image, which the guest is switched over to when the job is completed.
     fn mirror(&mut self, disk: &Handle) -> JobKey {
         let source = disk.node().unwrap();
-        let below = layers::backing(&source);
+        let below = source.backing();
         let (sync, backing) = match (self.rng.below(3), below) {
             (0, Some(below)) => (mirror::Sync::Top(vec![source.clone()]), Some(below)),
             (1, _) => (mirror::Sync::None, Some(source.clone())),
@@ -286,7 +286,7 @@ impl Desk {
         let mid = self.image(SIZE / 2, Some(&low));
         let top = self.image(SIZE, Some(&mid));
         for (over, below) in [(&mid, &low), (&top, &mid)] {
-            let edge = layers::backing_edge(over).unwrap();
+            let edge = over.backing_edge().unwrap();
             let quiet = self.graph.quiesce(&[over], &[]);
             self.graph.edit(&quiet, |e| e.set(&edge, Some(below.clone()))).unwrap();
             drop(quiet);
@@ -304,7 +304,7 @@ impl Desk {
         let top = disk.node().unwrap();
         assert!(top.filtered().is_none(), "{} was left", top.name);
         for (depth, image) in layers::chain(top).enumerate() {
-            let below = layers::backing(&image);
+            let below = image.backing();
             assert!(below.as_ref().is_none_or(|b| b.filtered().is_none()));
             let recorded = image.driver.info();
             assert_eq!(recorded.backing_filename, below.as_ref().map(|b| name_of(b)), "{}", image.name);

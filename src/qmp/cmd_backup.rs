@@ -6,8 +6,7 @@
 use super::cmd_blockdev::find_node;
 use super::cmd_query_block::file_name;
 use super::cmd_snapshot::{NewImageMode, Plan, planned, run};
-use super::job_options::drive_of;
-use super::job_types::{BitmapSyncMode, BlockdevOnError, MirrorSyncMode};
+use super::job_options::{BitmapSyncMode, BlockdevOnError, MirrorSyncMode, job_id};
 use super::schema::Cx;
 use crate::block::bitmap::Refuse;
 use crate::block::graph::Graph;
@@ -18,7 +17,6 @@ use crate::error::Result;
 use crate::event::Events;
 use crate::jobs::backup::{Backup, BackupSpec, BitmapMode, Sync};
 use crate::jobs::job::Work;
-use crate::jobs::layers;
 use crate::jobs::registry::{JobKey, Jobs, Spec, Txn};
 use crate::jobs::table::Kind;
 use crate::qapi::Flat;
@@ -127,7 +125,7 @@ pub(super) fn plan_drive(cx: &mut Cx, plan: &mut Plan, args: DriveBackup) -> Res
     }
     let image = source.clone().skip_filters();
     let format = args.format.as_deref().unwrap_or(image.driver.name());
-    let below = layers::backing(&image);
+    let below = image.backing();
     // What is not copied comes from here.
     let backing = match args.common.sync {
         MirrorSyncMode::None => Some(image.clone()),
@@ -163,7 +161,7 @@ fn push(
     target: Arc<Node>,
 ) -> Result<()> {
     bitmap_rules(&args)?;
-    let id = args.job_id.clone().unwrap_or_else(|| drive_of(cx, &source));
+    let id = job_id(cx, args.job_id.as_deref(), &source);
     cx.vm.check_idle(&source)?;
     if !Arc::ptr_eq(&source, &target) {
         cx.vm.check_idle(&target)?;

@@ -160,17 +160,13 @@ pub(super) fn find_root(cx: &Cx, device: &str) -> Result<Arc<Node>> {
     Ok(node)
 }
 
-fn backing(node: &Node) -> Option<Arc<Node>> {
-    node.driver.edges().into_iter().find(|e| e.role == "backing")?.node()
-}
-
 fn change_backing_file(cx: &mut Cx, device: String, image: String, name: String) -> Result<()> {
     let root = find_root(cx, &device)?;
     let node = find_node(cx, None, Some(&image))?;
-    if backing(&node).is_none() {
+    if node.backing().is_none() {
         bail!("not allowing backing file change on an image without a backing file");
     }
-    let mut chain = std::iter::successors(Some(root), |n| backing(n));
+    let mut chain = std::iter::successors(Some(root), |n| n.backing());
     if !chain.any(|n| Arc::ptr_eq(&n, &node)) {
         bail!("'{device}' and image file are not in the same chain");
     }

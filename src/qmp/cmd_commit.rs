@@ -5,8 +5,8 @@
 
 use super::cmd_blockdev::find_node;
 use super::cmd_query_block::file_name;
-use super::job_options::{self, JobOptions, by_node_name, find_backing, in_chain, need_backing};
-use super::job_types::BlockdevOnError;
+use super::job_options::{self, BlockdevOnError, JobOptions};
+use super::job_options::{by_node_name, find_backing, in_chain, need_backing};
 use super::schema::Cx;
 use crate::block::graph::Parent;
 use crate::block::node::Node;

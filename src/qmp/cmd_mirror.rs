@@ -6,8 +6,7 @@
 use super::cmd_blockdev::find_node;
 use super::cmd_query_block::file_name;
 use super::cmd_snapshot::NewImageMode;
-use super::job_options::{self, JobOptions};
-use super::job_types::{BlockdevOnError, MirrorSyncMode};
+use super::job_options::{self, BlockdevOnError, JobOptions, MirrorSyncMode};
 use super::schema::Cx;
 use crate::block::graph::Parent;
 use crate::block::node::Node;
@@ -146,7 +145,7 @@ fn replaced(cx: &Cx, common: &MirrorCommon, disk: &Disk) -> Result<Option<Arc<No
     let node = cx.vm.graph.need(name)?.clone();
     fn shows(node: &Arc<Node>, wanted: &Arc<Node>) -> bool {
         let below = match node.driver.filtered() {
-            Some(edge) => vec![edge],
+            Some(edge) => vec![edge.clone()],
             None if node.driver.name() == "quorum" => node.driver.edges(),
             None => Vec::new(),
         };

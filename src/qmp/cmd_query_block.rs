@@ -115,7 +115,7 @@ impl Look {
 
 /// What a node filters, or its backing file. `seen`: of what a user did not ask for nothing is shown.
 fn below(node: &Node, seen: bool) -> Option<Arc<Node>> {
-    let below = node.filtered().or_else(|| filename::backing(node))?;
+    let below = node.filtered().or_else(|| node.backing())?;
     Some(if seen { below.skip_implicit() } else { below })
 }
 
@@ -167,7 +167,7 @@ fn device_info(look: &Look, node: &Arc<Node>, handle: Option<&Handle>) -> BlockD
         node_name: Some(node.name.clone()),
         ro: node.read_only(),
         drv: node.driver.name().to_string(),
-        backing_file: filename::backing(node).map(|b| look.name(&b)),
+        backing_file: node.backing().map(|b| look.name(&b)),
         // QEMU counts the images it shows below this one.
         backing_file_depth: if look.flat { 0 } else { i64::try_from(chain.count()).unwrap_or(i64::MAX) },
         active: true,

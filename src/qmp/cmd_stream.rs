@@ -5,8 +5,7 @@
 
 use super::cmd_blockdev::find_node;
 use super::cmd_query_block::file_name;
-use super::job_options::{self, JobOptions, by_node_name, in_chain, need_backing};
-use super::job_types::BlockdevOnError;
+use super::job_options::{self, BlockdevOnError, JobOptions, by_node_name, in_chain, need_backing};
 use super::schema::Cx;
 use crate::block::node::Node;
 use crate::error::Result;

@@ -7,7 +7,7 @@
 use super::cmd_backup::*;
 use super::cmd_bitmap::*;
 use super::cmd_snapshot::*;
-use super::job_types::{ActionCompletionMode, TransactionProperties};
+use super::job_options::{ActionCompletionMode, TransactionProperties};
 use super::schema::Cx;
 use crate::error::Result;
 use crate::qapi::Empty;

@@ -1,17 +1,94 @@
 //! What the commands that start jobs have in common.
 //!
-//! Owns: their common arguments, and QEMU's texts about them. Never: what a job does. Threads: control.
+//! Owns: their common words and arguments, and QEMU's texts about them. Never: what a job does. Threads: control.
 //! Locks: none.
 
 use super::schema::Cx;
 use crate::bail;
+use crate::block::handle::OnError;
 use crate::block::node::Node;
 use crate::error::{Error, Result};
 use crate::jobs::layers;
 use crate::jobs::registry::Spec;
 use crate::jobs::table::Kind;
-use crate::wire_struct;
+use crate::{wire_enum, wire_struct};
 use std::sync::Arc;
+
+wire_enum! {
+    /// What a job does about a failed request.
+    pub enum BlockdevOnError {
+        /// It ends.
+        "report" Report,
+        /// It tries again.
+        "ignore" Ignore,
+        /// It pauses when there is no space left, and ends otherwise.
+        "enospc" Enospc,
+        /// It pauses.
+        "stop" Stop,
+        /// As `enospc`.
+        "auto" Auto,
+    }
+    default Report
+}
+
+impl From<BlockdevOnError> for OnError {
+    fn from(word: BlockdevOnError) -> OnError {
+        match word {
+            BlockdevOnError::Report => OnError::Report,
+            BlockdevOnError::Ignore => OnError::Ignore,
+            BlockdevOnError::Enospc => OnError::Enospc,
+            BlockdevOnError::Stop => OnError::Stop,
+            BlockdevOnError::Auto => OnError::Auto,
+        }
+    }
+}
+
+wire_enum! {
+    /// What is copied.
+    pub enum MirrorSyncMode {
+        /// What is in the uppermost image.
+        "top" Top,
+        /// All of the disk.
+        "full" Full,
+        /// What is written from now on.
+        "none" None,
+        /// What the bitmap says, which forgets it when all of it was copied.
+        "incremental" Incremental,
+        /// What the bitmap says.
+        "bitmap" Bitmap,
+    }
+}
+
+wire_enum! {
+    /// When a bitmap forgets what a job has copied.
+    pub enum BitmapSyncMode {
+        /// When the job succeeds.
+        "on-success" OnSuccess,
+        /// Never.
+        "never" Never,
+        /// Whatever was copied, also when the job fails.
+        "always" Always,
+    }
+}
+
+wire_enum! {
+    /// When the jobs of a transaction are done.
+    pub enum ActionCompletionMode {
+        /// Each for itself.
+        "individual" Individual,
+        /// All together: when one fails, all fail.
+        "grouped" Grouped,
+    }
+    default Individual
+}
+
+wire_struct! {
+    /// How a transaction's jobs go together.
+    pub struct TransactionProperties {
+        /// When they are done.
+        "completion-mode" completion_mode: Option<ActionCompletionMode>,
+    }
+}
 
 wire_struct! {
     /// Arguments of every job.
@@ -29,25 +106,20 @@ wire_struct! {
     }
 }
 
+/// A job's name: the one given, or the drive's; "" if there is none.
+pub(super) fn job_id(cx: &Cx, given: Option<&str>, node: &Arc<Node>) -> String {
+    given.or_else(|| cx.vm.drive_of(node)).unwrap_or_default().to_string()
+}
+
 /// What a job is made with, on the disk `node`.
 pub(super) fn spec(cx: &Cx, kind: Kind, o: &JobOptions, node: &Arc<Node>) -> Spec {
-    let id = match &o.job_id {
-        Some(id) => id.clone(),
-        None => drive_of(cx, node),
-    };
+    let id = job_id(cx, o.job_id.as_deref(), node);
     Spec {
         speed: o.speed.unwrap_or(0),
         auto_finalize: o.auto_finalize.unwrap_or(true),
         auto_dismiss: o.auto_dismiss.unwrap_or(true),
         ..Spec::new(id, kind)
     }
-}
-
-/// The name of the drive whose node this is, or "".
-pub(super) fn drive_of(cx: &Cx, node: &Arc<Node>) -> String {
-    let is_it = |n: Arc<Node>| Arc::ptr_eq(&n.skip_implicit(), &node.clone().skip_implicit());
-    let found = cx.vm.drives.iter().find(|d| !d.name().is_empty() && d.handle.node().is_some_and(is_it));
-    found.map(|d| d.name().to_string()).unwrap_or_default()
 }
 
 /// The node called `name`, for arguments that name nodes only.
@@ -90,6 +162,6 @@ pub(super) fn need_backing(top: &Arc<Node>, name: &str) -> Result<Arc<Node>> {
 
 /// True when `node` is `top` or below it in the chain.
 pub(super) fn in_chain(top: &Arc<Node>, node: &Arc<Node>) -> bool {
-    let step = |n: &Arc<Node>| n.filtered().or_else(|| layers::backing(n));
+    let step = |n: &Arc<Node>| n.filtered().or_else(|| n.backing());
     std::iter::successors(Some(top.clone()), step).any(|n| Arc::ptr_eq(&n, node))
 }

@@ -33,7 +33,6 @@ mod cmd_stream;
 mod cmd_throttle;
 mod cmd_transaction;
 mod job_options;
-mod job_types;
 mod query_block_types;
 
 /// Every command, one table a file.
