@@ -406,7 +406,8 @@ fn errors_and_their_policies() {
             assert!(desk.told.contains(&format!("{id} ERROR {read} Stop")));
             desk.told.clear();
             desk.jobs.resume(key).unwrap();
-            assert_eq!(desk.jobs.query()[0].now.io_status, IoStatus::Ok);
+            // After the first it may have failed again by now.
+            assert!(read || desk.jobs.query()[0].now.io_status == IoStatus::Ok);
         }
         desk.until(&format!("{id} COMPLETED "));
     }
