@@ -145,7 +145,7 @@ pub struct Progress {
 pub struct Snapshot {
     /// See there.
     pub progress: Progress,
-    /// The thread is at work: it does not sleep, nor is it paused.
+    /// The thread is at work: it does not sleep, nor is it paused, nor at rest.
     pub busy: bool,
     /// Of the last error that paused it.
     pub io_status: IoStatus,
@@ -349,13 +349,13 @@ impl JobCtx {
             state.hold = Hold::None;
             self.shared.changed.notify_all();
         }
-        state.busy = false;
+        let busy = std::mem::replace(&mut state.busy, false);
         state.notices.push_back(Notice::Paused);
         self.post();
         while state.pause && !state.cancel {
             state = self.shared.wait(state, None);
         }
-        state.busy = true;
+        state.busy = busy;
         state.notices.push_back(Notice::Resumed);
         let cancelled = state.cancel;
         drop(state);
@@ -398,6 +398,17 @@ impl JobCtx {
             drop(state);
             self.post();
         }
+    }
+
+    /// The job has nothing to do for now and only looks now and then whether that is still so: it does
+    /// not count as busy until [`JobCtx::at_work`].
+    pub fn at_rest(&self) {
+        self.lock().busy = false;
+    }
+
+    /// Ends [`JobCtx::at_rest`].
+    pub fn at_work(&self) {
+        self.lock().busy = true;
     }
 
     /// A ready job is to end (`block-job-complete`).
@@ -445,9 +456,9 @@ impl JobCtx {
         if state.cancel || state.pause {
             return state;
         }
-        state.busy = false;
+        let busy = std::mem::replace(&mut state.busy, false);
         let mut state = self.shared.wait(state, Some(until));
-        state.busy = true;
+        state.busy = busy;
         state
     }
 

@@ -363,6 +363,10 @@ impl Mirror {
     /// Copies what is dirty from `from` on, one piece of it; answers where it ended, `None` when there
     /// was nothing. Errors are dealt with as the policies say.
     fn step(&mut self, cx: &JobCtx, from: u64, most: u64) -> Result<Option<u64>, Stop> {
+        if self.dirty.count() == 0 {
+            return Ok(None);
+        }
+        cx.at_work();
         let Some((range, done)) = self.take_and_copy(from, most)? else { return Ok(None) };
         if let Err(e) = done {
             self.dirty.mark(range.start, range.end - range.start);
@@ -443,6 +447,10 @@ impl Work for Mirror {
                     }
                     ready = true;
                     cx.remaining(self.dirty.count());
+                    // Before anybody hears of it: a mirror that is ready and has copied all is not busy.
+                    if self.dirty.count() == 0 {
+                        cx.at_rest();
+                    }
                     cx.ready();
                 }
                 let (complete, stop) = (cx.completing(), cx.stopping());
@@ -471,6 +479,7 @@ impl Work for Mirror {
                 }
                 None => {
                     cx.remaining(self.dirty.count());
+                    cx.at_rest();
                     cx.sleep(Duration::from_millis(100))?;
                 }
             }

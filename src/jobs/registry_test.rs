@@ -375,6 +375,38 @@ fn ready_jobs_complete_or_are_cancelled_softly_or_not() {
 }
 
 #[test]
+fn a_ready_job_at_rest_is_not_busy_though_its_thread_runs() {
+    let (go, gone) = channel();
+    let (told, tells) = channel();
+    let mut desk = Desk::new();
+    let script = Script::mirror(move |cx| {
+        cx.at_rest();
+        cx.ready();
+        let _ = gone.recv();
+        // A look whether there is work: a sleep and a pause leave it at rest.
+        cx.sleep(Duration::from_millis(1))?;
+        told.send(()).unwrap();
+        let _ = gone.recv();
+        cx.at_work();
+        told.send(()).unwrap();
+        let _ = gone.recv();
+        Ok(())
+    });
+    desk.go(spec("m"), script);
+    desk.until("m READY 0/0");
+    let busy = |desk: &Desk| desk.jobs.query().into_iter().find(|j| j.id == "m").map(|j| j.now.busy);
+    assert_eq!(busy(&desk), Some(false), "ready was told, and nothing is done");
+    go.send(()).unwrap();
+    tells.recv().unwrap();
+    assert_eq!(busy(&desk), Some(false), "after a sleep");
+    go.send(()).unwrap();
+    tells.recv().unwrap();
+    assert_eq!(busy(&desk), Some(true));
+    go.send(()).unwrap();
+    desk.until("m null");
+}
+
+#[test]
 fn errors_and_their_policies() {
     let mut desk = Desk::new();
     let fail = |policy, code| {
