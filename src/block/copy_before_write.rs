@@ -19,7 +19,7 @@ use super::driver::{Driver, Flags, Perm};
 use super::filename::names;
 use super::node::{Edge, Node, NodeOptions};
 use crate::error::Result;
-use crate::sys::buf::AlignedBuf;
+use crate::sys::buf::CopyBuf;
 use crate::sys::iov::{Iov, IovMut};
 use std::io;
 use std::ops::Range;
@@ -51,10 +51,20 @@ pub struct Copies {
     to_copy: Arc<Bitmap>,
     /// What guests' writes had copied.
     done: Arc<Bitmap>,
-    busy: Mutex<Vec<Range<u64>>>,
+    busy: Mutex<Busy>,
     freed: Condvar,
+    /// Nothing lies behind the target.
+    alone: bool,
     /// The copy is no more what the disk was.
     broken: AtomicBool,
+}
+
+/// What is being copied.
+#[derive(Default)]
+struct Busy {
+    ranges: Vec<Range<u64>>,
+    /// How many threads wait for one of them to go.
+    waiting: usize,
 }
 
 /// Which side of a copy failed.
@@ -78,20 +88,6 @@ impl CopyError {
     }
 }
 
-/// Memory that copies go through, made at the first use and used again.
-#[derive(Default)]
-pub struct Scratch(Option<AlignedBuf>);
-
-impl Scratch {
-    fn take(&mut self, len: usize) -> &mut [u8] {
-        let fits = |b: &AlignedBuf| b.len() >= len;
-        if !self.0.as_ref().is_some_and(fits) {
-            self.0 = None;
-        }
-        &mut self.0.get_or_insert_with(|| AlignedBuf::new(len, 4096))[..len]
-    }
-}
-
 /// A range that is being copied; dropping it lets the others at it.
 struct Claim<'a> {
     copies: &'a Copies,
@@ -100,13 +96,16 @@ struct Claim<'a> {
 
 impl Drop for Claim<'_> {
     fn drop(&mut self) {
-        self.copies.lock().retain(|r| *r != self.range);
-        self.copies.freed.notify_all();
+        let mut busy = self.copies.lock();
+        busy.ranges.retain(|r| *r != self.range);
+        if busy.waiting > 0 {
+            self.copies.freed.notify_all();
+        }
     }
 }
 
 impl Copies {
-    fn lock(&self) -> MutexGuard<'_, Vec<Range<u64>>> {
+    fn lock(&self) -> MutexGuard<'_, Busy> {
         self.busy.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -158,32 +157,36 @@ impl Copies {
             // whole clusters, wherever the caller began
             range.start &= !(self.options.cluster - 1);
             range.end = range.end.next_multiple_of(self.options.cluster).min(self.len);
-            let first = busy.iter().filter(|b| b.start < range.end && range.start < b.end);
+            let first = busy.ranges.iter().filter(|b| b.start < range.end && range.start < b.end);
             match first.map(|b| b.start).min() {
                 None => {
-                    busy.push(range.clone());
+                    busy.ranges.push(range.clone());
                     return Some(Claim { copies: self, range });
                 }
                 // up to there it is free
                 Some(start) if start > range.start => {
                     range.end = start;
-                    busy.push(range.clone());
+                    busy.ranges.push(range.clone());
                     return Some(Claim { copies: self, range });
                 }
-                Some(_) => busy = self.freed.wait(busy).unwrap_or_else(PoisonError::into_inner),
+                Some(_) => {
+                    busy.waiting += 1;
+                    busy = self.freed.wait(busy).unwrap_or_else(PoisonError::into_inner);
+                    busy.waiting -= 1;
+                }
             }
         }
     }
 
     /// Copies the next piece of what touches `from..end` and was not copied yet, or answers `None`.
     /// With a ticket in hand.
-    pub fn copy_next(&self, from: u64, end: u64, scratch: &mut Scratch) -> Copied<Option<Range<u64>>> {
+    pub fn copy_next(&self, from: u64, end: u64) -> Copied<Option<Range<u64>>> {
         let (source, target) = self.nodes().map_err(CopyError::Target)?;
         let Some(claim) = self.claim(from, end.min(self.len)) else { return Ok(None) };
         let range = claim.range.clone();
         let mut at = range.start;
         while at < range.end {
-            at += self.copy(&source, &target, (at, range.end - at), scratch)?;
+            at += self.copy(&source, &target, at, range.end - at)?;
         }
         // before the claim ends: who waited must find nothing to do
         self.to_copy.clear(range.start, range.end - range.start);
@@ -205,7 +208,7 @@ impl Copies {
         if !found.zero {
             return Ok(0);
         }
-        let there = stays_zero(&target, off, found.len).map_err(CopyError::Target)?;
+        let there = self.stays_zero(&target, off, found.len).map_err(CopyError::Target)?;
         let stop = off + there.min(found.len);
         let stop = if stop >= end { end } else { stop & !(self.options.cluster - 1) };
         if stop <= off {
@@ -216,13 +219,7 @@ impl Copies {
     }
 
     /// Copies some of `len` bytes at `off`; answers how many.
-    fn copy(
-        &self,
-        source: &Node,
-        target: &Node,
-        (off, len): (u64, u64),
-        scratch: &mut Scratch,
-    ) -> Copied<u64> {
+    fn copy(&self, source: &Node, target: &Node, off: u64, len: u64) -> Copied<u64> {
         let found = chain::contents(source, off, len).map_err(CopyError::Source)?;
         // whole clusters at once, or a compressed one would be written in two pieces
         let cluster = self.options.cluster;
@@ -232,25 +229,25 @@ impl Copies {
             n => n.next_multiple_of(cluster).min(len),
         };
         if found.zero && n <= found.len {
-            if stays_zero(target, off, n).map_err(CopyError::Target)? < n {
+            if self.stays_zero(target, off, n).map_err(CopyError::Target)? < n {
                 target.zero(off, n, Flags::MAY_UNMAP).map_err(CopyError::Target)?;
             }
             return Ok(n);
         }
-        let buf = scratch.take(n as usize);
-        source.read(off, &mut IovMut::from_slice(buf)).map_err(CopyError::Source)?;
+        let mut buf = CopyBuf::new(n as usize);
+        source.read(off, &mut IovMut::from_slice(&mut buf)).map_err(CopyError::Source)?;
         let flags = if self.options.compress { Flags::COMPRESSED } else { Flags::NONE };
-        target.write(off, &Iov::from_slice(buf), flags).map_err(CopyError::Target)?;
+        target.write(off, &Iov::from_slice(&buf), flags).map_err(CopyError::Target)?;
         Ok(n)
     }
-}
 
-/// How many of `len` bytes at `off` of a target read as zeroes and will go on doing so. What shows
-/// through from behind it may not: that may be the very disk.
-fn stays_zero(target: &Node, off: u64, len: u64) -> io::Result<u64> {
-    let found = chain::contents(target, off, len)?;
-    let own = found.depth == 1 || (found.depth == 0 && chain::stands_alone(target));
-    Ok(if found.zero && own { found.len } else { 0 })
+    /// How many of `len` bytes at `off` of the target read as zeroes and will go on doing so. What shows
+    /// through from behind it may not: that may be the very disk.
+    fn stays_zero(&self, target: &Node, off: u64, len: u64) -> io::Result<u64> {
+        let found = chain::contents(target, off, len)?;
+        let own = found.depth == 1 || (found.depth == 0 && self.alone);
+        Ok(if found.zero && own { found.len } else { 0 })
+    }
 }
 
 /// See the module's head. A flush is the disk's alone: the target is flushed when the copy is complete.
@@ -287,8 +284,9 @@ pub fn filter(
         len,
         to_copy: to_copy.clone(),
         done: done.clone(),
-        busy: Mutex::new(Vec::new()),
+        busy: Mutex::default(),
         freed: Condvar::new(),
+        alone: chain::stands_alone(target),
         broken: AtomicBool::new(false),
     });
     let driver = CopyBeforeWrite { copies: copies.clone(), name: name.to_string() };
@@ -316,9 +314,8 @@ impl CopyBeforeWrite {
         if off >= end || copies.to_copy.next_dirty(off, end, u64::MAX).is_none() {
             return Ok(());
         }
-        let mut scratch = Scratch::default();
         loop {
-            match copies.copy_next(off, end, &mut scratch) {
+            match copies.copy_next(off, end) {
                 Ok(None) => return Ok(()),
                 Ok(Some(range)) => copies.done.mark(range.start, range.end - range.start),
                 Err(e) if copies.options.break_snapshot => {

@@ -79,14 +79,14 @@ fn the_target_gets_the_disk_as_it_was_under_writing_guests() {
         s.graph.edit(&quiesced, |edit| edit.insert_filter(&filter, &s.disk)).unwrap();
         drop(quiesced);
         let job = job_handle(&mut s.graph, &filter);
-        let (mut at, mut scratch) = (0, Scratch::default());
+        let mut at = 0;
         while at < copies.len() {
             let done = job.inside(|_| {
                 let skipped = copies.skip_zeroes(at).unwrap();
                 if skipped > 0 {
                     return Ok(Some(at..at + skipped));
                 }
-                Ok(copies.copy_next(at, copies.len(), &mut scratch).unwrap())
+                Ok(copies.copy_next(at, copies.len()).unwrap())
             });
             match done.unwrap() {
                 Some(range) => at = range.end,

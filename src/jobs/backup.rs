@@ -11,7 +11,7 @@
 use super::job::{After, JobCtx, Stop, Work, attach};
 use crate::bail;
 use crate::block::bitmap::Bitmap;
-use crate::block::copy_before_write::{self as cbw, Copied, Copies, CopyError, CopyOptions, Scratch};
+use crate::block::copy_before_write::{self as cbw, Copied, Copies, CopyError, CopyOptions};
 use crate::block::driver::{ExtentKind, Perm};
 use crate::block::graph::Graph;
 use crate::block::handle::{Handle, OnError};
@@ -85,7 +85,6 @@ pub struct Backup {
     handle: Arc<Handle>,
     bitmap: Option<Synced>,
     policies: (OnError, OnError),
-    scratch: Scratch,
     /// How much there is to copy, in bytes.
     total: u64,
 }
@@ -146,10 +145,7 @@ impl Backup {
         let handle = attach(graph, &filter, Perm::CONSISTENT_READ, Perm::ALL);
         let policies = (spec.on_source_error, spec.on_target_error);
         match handle {
-            Ok(handle) => {
-                let scratch = Scratch::default();
-                Ok(Backup { sync: spec.sync, copies, filter, handle, bitmap, policies, scratch, total })
-            }
+            Ok(handle) => Ok(Backup { sync: spec.sync, copies, filter, handle, bitmap, policies, total }),
             Err(e) => {
                 if let Some(s) = bitmap {
                     s.node.reclaim_bitmap(&s.bitmap);
@@ -161,13 +157,8 @@ impl Backup {
     }
 
     /// Does `f` with a ticket; what fails there, the policies decide about: `None` is to try again.
-    fn attempt<T>(
-        &mut self,
-        cx: &JobCtx,
-        f: impl FnOnce(&Copies, &mut Scratch) -> Copied<T>,
-    ) -> Result<Option<T>, Stop> {
-        let Backup { copies, scratch, handle, .. } = self;
-        let done = handle.inside(|_| Ok(f(copies, scratch)))?;
+    fn attempt<T>(&mut self, cx: &JobCtx, f: impl FnOnce(&Copies) -> Copied<T>) -> Result<Option<T>, Stop> {
+        let done = self.handle.inside(|_| Ok(f(&self.copies)))?;
         let (e, policy, read) = match done {
             Ok(answer) => return Ok(Some(answer)),
             Err(CopyError::Source(e)) => (e, self.policies.0, true),
@@ -183,7 +174,7 @@ impl Backup {
         let mut at = 0;
         while at < self.copies.len() {
             cx.pause_point()?;
-            let step = self.attempt(cx, |copies, _| {
+            let step = self.attempt(cx, |copies| {
                 let (source, _) = copies.nodes().map_err(CopyError::Source)?;
                 let source = source.skip_filters();
                 let left = copies.len() - at;
@@ -218,14 +209,14 @@ impl Backup {
             self.check()?;
             cx.progress(total.saturating_sub(self.copies.left()), total);
             cx.pause_point()?;
-            let step = self.attempt(cx, |copies, scratch| {
+            let step = self.attempt(cx, |copies| {
                 let end = copies.len();
                 let Some(next) = copies.to_copy().next_dirty(at, end, u64::MAX) else { return Ok((end, 0)) };
                 let skipped = copies.skip_zeroes(next.start)?;
                 if skipped > 0 {
                     return Ok((next.start + skipped, 0));
                 }
-                let done = copies.copy_next(next.start, end, scratch)?;
+                let done = copies.copy_next(next.start, end)?;
                 Ok(done.map_or((end, 0), |r| (r.end, r.end - r.start)))
             })?;
             if let Some((end, bytes)) = step {
@@ -262,7 +253,7 @@ impl Work for Backup {
         }
         self.copy_all(cx)?;
         while self
-            .attempt(cx, |copies, _| {
+            .attempt(cx, |copies| {
                 copies.nodes().and_then(|(_, target)| target.flush()).map_err(CopyError::Target)
             })?
             .is_none()

@@ -328,11 +328,7 @@ impl Mirror {
     }
 
     fn clear(&self, range: &Range<u64>) {
-        let mut at = range.start;
-        while at < range.end {
-            self.dirty.take(at);
-            at += self.dirty.granularity();
-        }
+        self.dirty.clear(range.start, range.end - range.start);
     }
 
     /// Takes the next dirty range from `from` on, and copies it: the range, and how that went.

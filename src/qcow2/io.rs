@@ -17,6 +17,7 @@ use super::types::Entry;
 use crate::block::debug::BlkdebugEvent;
 use crate::block::driver::Flags;
 use crate::block::node::Node;
+use crate::sys::buf::CopyBuf;
 use crate::sys::iov::{Iov, IovMut};
 use std::io;
 use std::ops::Range;
@@ -374,8 +375,10 @@ impl Qcow2 {
             let nothing = plan.fresh && self.crypt.is_none();
             return Ok(if nothing { Around::Nothing } else { Around::Zeroes(len) });
         }
-        let mut buf = vec![0; len];
-        let mut iov = IovMut::from_slice(&mut buf[..inside as usize]);
+        let mut buf = CopyBuf::new(len);
+        let (now, beyond) = buf.split_at_mut(inside as usize);
+        beyond.fill(0);
+        let mut iov = IovMut::from_slice(now);
         self.moment(BlkdebugEvent::CowRead);
         let mut pos = 0;
         while pos < inside {
@@ -414,7 +417,7 @@ enum Around {
     /// So many zeroes.
     Zeroes(usize),
     /// These bytes.
-    Copy(Vec<u8>),
+    Copy(CopyBuf),
 }
 
 impl Around {

@@ -115,6 +115,8 @@ pub struct Meta {
     pub refs: Cache,
     /// Guest clusters that are being allocated: their data are being written.
     pub in_flight: Vec<Range<u64>>,
+    /// How many threads wait for a change of it, or for exclusive use.
+    pub waiting: usize,
     /// Freed since the last checkpoint began: still reachable on disk.
     pub freed: Vec<Freed>,
     /// Unreachable on disk; requests that looked before that may still be at them.
@@ -219,6 +221,23 @@ impl Meta {
         let mut run: Option<Map> = None;
         let mut cluster = c;
         while at < page.len() {
+            // Most of a large disk is entries that say nothing, and who looks for data passes them all.
+            if matches!(run, None | Some(Map::Unallocated)) {
+                let words = geo.entry_bits() - 3;
+                let most = (geo.clusters(pos, end - pos).end - cluster) << words;
+                let rest = page[at..].chunks_exact(8).take(most as usize);
+                let blank = rest.take_while(|word| **word == [0; 8]).count() >> words;
+                if blank > 0 {
+                    run = Some(Map::Unallocated);
+                    cluster += blank as u64;
+                    at += blank << geo.entry_bits();
+                    pos = end.min(cluster << geo.cluster_bits);
+                    if pos == end {
+                        break;
+                    }
+                    continue;
+                }
+            }
             let entry = decode(&geo, page, at, cluster)?;
             if let Some((from, bytes)) = entry.compressed {
                 if run.is_some() {

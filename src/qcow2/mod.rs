@@ -147,8 +147,11 @@ impl InFlight<'_> {
     fn landed(mut self, mut meta: MutexGuard<'_, Meta>) {
         meta.landed(&self.range);
         self.over = true;
+        let awaited = meta.waiting > 0;
         drop(meta);
-        self.image.changed.notify_all();
+        if awaited {
+            self.image.changed.notify_all();
+        }
     }
 }
 
@@ -184,8 +187,11 @@ impl Qcow2 {
         self.meta.lock().unwrap_or_else(poisoned)
     }
 
-    fn wait<'a>(&'a self, meta: MutexGuard<'a, Meta>) -> MutexGuard<'a, Meta> {
-        self.changed.wait(meta).unwrap_or_else(poisoned)
+    fn wait<'a>(&'a self, mut meta: MutexGuard<'a, Meta>) -> MutexGuard<'a, Meta> {
+        meta.waiting += 1;
+        let mut meta = self.changed.wait(meta).unwrap_or_else(poisoned);
+        meta.waiting -= 1;
+        meta
     }
 
     /// Guards clusters that were just entered into the in-flight list.

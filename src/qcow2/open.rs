@@ -134,6 +134,7 @@ pub fn open(
         l2_most,
         refs: Cache::new((refs / geo.page_size()) as usize),
         in_flight: Vec::new(),
+        waiting: 0,
         freed: Vec::new(),
         unreachable: Vec::new(),
         grace: Vec::new(),
