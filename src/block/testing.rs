@@ -4,7 +4,7 @@ use super::driver::{Driver, Extent, ExtentKind, Flags, Limits};
 use super::node::errno;
 use crate::sys::iov::{Iov, IovMut};
 use std::io;
-use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 /// xorshift64*: small, seeded, good enough to choose test cases.
@@ -25,9 +25,29 @@ impl Rng {
     }
 }
 
+/// A moment of a request at a [`Mem`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum At {
+    /// Before anything is read.
+    Read,
+    /// After it was read, before the reader hears of it.
+    HasRead,
+    /// Before anything changes, by data or zeroes.
+    Write,
+    /// After it has changed, before the writer hears of it.
+    HasWritten,
+    /// Before a flush.
+    Flush,
+}
+
+/// What a test does at such moments, on the requesting thread: the moment, offset, length.
+pub type Hook = Arc<dyn Fn(At, u64, u64) + Send + Sync>;
+
 /// The outside of a [`Mem`]: its bytes, and what it counts.
 #[derive(Default)]
 pub struct MemState {
+    /// What the test does in between.
+    pub hook: Mutex<Option<Hook>>,
     /// The disk.
     pub data: Mutex<Vec<u8>>,
     /// Flushes seen.
@@ -36,6 +56,8 @@ pub struct MemState {
     pub zeroes: AtomicUsize,
     /// Discards seen.
     pub discards: AtomicUsize,
+    /// Blocks of zeroes count as not allocated.
+    pub sparse: AtomicBool,
     /// When not 0: every request fails with this errno (after doing half of a write).
     pub fail: AtomicI32,
 }
@@ -58,6 +80,13 @@ impl Mem {
         let state = Arc::new(MemState::default());
         *state.data.lock().unwrap() = vec![0; len];
         Mem { state, limits: Limits::default(), grows: false, no_zero: false }
+    }
+
+    fn at(&self, at: At, off: u64, len: u64) {
+        let hook = self.state.hook.lock().unwrap().clone();
+        if let Some(hook) = hook {
+            hook(at, off, len);
+        }
     }
 
     fn check(&self, off: u64, len: u64) -> io::Result<()> {
@@ -85,18 +114,22 @@ impl Driver for Mem {
         self.limits
     }
     fn read(&self, off: u64, to: &mut IovMut) -> io::Result<()> {
+        self.at(At::Read, off, to.len() as u64);
         self.check(off, to.len() as u64)?;
         let limits = self.limits;
         assert!(to.as_source().fits(limits.memory_alignment as usize, limits.request_alignment as usize));
         let data = self.state.data.lock().unwrap();
-        let off = off as usize;
-        let n = to.len().min(data.len() - off);
-        to.copy_from(0, &data[off..off + n]);
+        let start = off as usize;
+        let n = to.len().min(data.len() - start);
+        to.copy_from(0, &data[start..start + n]);
         to.fill(n, to.len() - n, 0);
+        drop(data);
+        self.at(At::HasRead, off, to.len() as u64);
         Ok(())
     }
     fn write(&self, off: u64, from: &Iov, _flags: Flags) -> io::Result<()> {
         let limits = self.limits;
+        self.at(At::Write, off, from.len() as u64);
         assert!(from.fits(limits.memory_alignment as usize, limits.request_alignment as usize));
         let failed = self.check(off, from.len() as u64);
         let bytes = from.to_vec();
@@ -108,9 +141,12 @@ impl Driver for Mem {
             data.resize(end, 0);
         }
         data[off as usize..end].copy_from_slice(&bytes[..n]);
+        drop(data);
+        self.at(At::HasWritten, off, from.len() as u64);
         failed
     }
     fn zero(&self, off: u64, len: u64, _flags: Flags) -> io::Result<()> {
+        self.at(At::Write, off, len);
         self.check(off, len)?;
         if self.no_zero {
             return Err(errno(libc::ENOTSUP));
@@ -122,6 +158,8 @@ impl Driver for Mem {
             data.resize(end, 0);
         }
         data[off as usize..end].fill(0);
+        drop(data);
+        self.at(At::HasWritten, off, len);
         Ok(())
     }
     fn discard(&self, off: u64, len: u64) -> io::Result<()> {
@@ -130,6 +168,7 @@ impl Driver for Mem {
         Ok(())
     }
     fn flush(&self) -> io::Result<()> {
+        self.at(At::Flush, 0, 0);
         self.state.flushes.fetch_add(1, Ordering::SeqCst);
         match self.state.fail.load(Ordering::SeqCst) {
             0 => Ok(()),
@@ -138,7 +177,20 @@ impl Driver for Mem {
     }
     fn status(&self, off: u64, len: u64) -> io::Result<Extent> {
         self.check(off, len)?;
-        Ok(Extent { kind: ExtentKind::Data, len, host_offset: Some(off) })
+        if !self.state.sparse.load(Ordering::SeqCst) {
+            return Ok(Extent { kind: ExtentKind::Data, len, host_offset: Some(off) });
+        }
+        let data = self.state.data.lock().unwrap();
+        let kind_at = |at: u64| {
+            let end = ((at | 4095) + 1).min(off + len);
+            let zero = data[at as usize..end as usize].iter().all(|b| *b == 0);
+            (if zero { ExtentKind::Unallocated } else { ExtentKind::Data }, end)
+        };
+        let (kind, mut end) = kind_at(off);
+        while end < off + len && kind_at(end).0 == kind {
+            end = kind_at(end).1;
+        }
+        Ok(Extent { kind, len: end - off, host_offset: None })
     }
     fn resize(&self, len: u64) -> io::Result<()> {
         self.state.data.lock().unwrap().resize(len as usize, 0);

@@ -3,86 +3,28 @@
 use super::*;
 use crate::block::driver::Flags;
 use crate::block::handle::HandleSpec;
-use crate::block::testing::{Mem, MemState, Rng};
-use crate::event::{Event, Events};
-use crate::jobs::registry::{JobEvent, Jobs, Spec};
+use crate::block::testing::Mem;
+use crate::jobs::registry::Spec;
 use crate::jobs::table::{Kind, Status};
-use crate::sys::inbox::Inbox;
+use crate::jobs::testing::{Desk, Guests, assert_same, bytes};
 use crate::sys::iov::Iov;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
-use std::time::Instant;
+use std::sync::atomic::Ordering::SeqCst;
 
 /// Not a whole number of clusters.
 const LEN: usize = (2 << 20) + 5 * 512;
 
-struct Desk {
-    jobs: Jobs,
-    graph: Graph,
-    events: Events,
-    told: Vec<String>,
-}
-
-impl Desk {
-    fn new() -> Desk {
-        let events = Arc::new(Inbox::new().unwrap());
-        Desk { jobs: Jobs::new(), graph: Graph::new(), events, told: Vec::new() }
-    }
-
-    fn disk(&mut self, name: &str) -> (Arc<Node>, Arc<MemState>) {
-        let mem = Mem::new(LEN);
-        let state = mem.state.clone();
-        let node = Node::new(name, Box::new(mem), NodeOptions::default());
-        self.graph.add(node.clone()).unwrap();
-        self.graph.own(&node);
-        (node, state)
-    }
-
-    fn turn(&mut self) {
-        for event in self.events.take() {
-            if let Event::Job(serial) = event {
-                self.jobs.serve(&mut self.graph, serial);
-            }
-        }
-        for event in std::mem::take(&mut self.jobs.out) {
-            self.told.push(match event {
-                JobEvent::Status(_, s) => s.as_str().to_string(),
-                JobEvent::Completed(r, e) => {
-                    format!("COMPLETED {}/{} {}", r.progress.offset, r.progress.len, e.unwrap_or_default())
-                }
-                JobEvent::Cancelled(_) => "CANCELLED".to_string(),
-                JobEvent::Error { read, .. } => format!("ERROR {read}"),
-                _ => continue,
-            });
-        }
-    }
-
-    /// Turns until `what` was told, and forgets it and what was before it.
-    fn until(&mut self, what: &str) {
-        let start = Instant::now();
-        loop {
-            self.turn();
-            if let Some(at) = self.told.iter().position(|t| t.starts_with(what)) {
-                self.told.drain(..=at);
-                return;
-            }
-            assert!(start.elapsed() < Duration::from_secs(20), "no '{what}' in {:?}", self.told);
-            std::thread::sleep(Duration::from_millis(1));
-        }
-    }
-
-    /// Starts a backup; `then` runs at the very moment whose contents it is to have.
-    fn start(&mut self, spec: BackupSpec, speed: i64, then: impl FnOnce()) {
-        let events = self.events.clone();
-        let source = spec.source.clone();
-        let quiesced = self.graph.quiesce(&[&source], &[]);
-        let graph = &mut self.graph;
-        let make = || Ok(Box::new(Backup::new(graph, spec)?) as Box<dyn Work>);
-        let job = Spec { speed, ..Spec::new("b", Kind::Backup) };
-        let key = self.jobs.create(job, &events, &[&source], make).unwrap();
-        then();
-        drop(quiesced);
-        self.jobs.start(&mut self.graph, key);
-    }
+/// Starts a backup; `then` runs at the very moment whose contents it is to have.
+fn start(desk: &mut Desk, spec: BackupSpec, speed: i64, then: impl FnOnce()) {
+    let source = spec.source.clone();
+    let quiesced = desk.graph.quiesce(&[&source], &[]);
+    let job = Spec { speed, ..Spec::new("b", Kind::Backup) };
+    let events = desk.events.clone();
+    let graph = &mut desk.graph;
+    let make = || Ok(Box::new(Backup::new(graph, spec)?) as Box<dyn Work>);
+    let key = desk.jobs.create(job, &events, &[&source], make).unwrap();
+    then();
+    drop(quiesced);
+    desk.jobs.start(&mut desk.graph, key);
 }
 
 fn spec(source: &Arc<Node>, target: &Arc<Node>, sync: Sync) -> BackupSpec {
@@ -99,69 +41,17 @@ fn spec(source: &Arc<Node>, target: &Arc<Node>, sync: Sync) -> BackupSpec {
     }
 }
 
-fn bytes(state: &MemState) -> Vec<u8> {
-    state.data.lock().unwrap().clone()
-}
-
-fn assert_same(a: &[u8], b: &[u8], what: &str) {
-    assert_eq!(a.len(), b.len());
-    let wrong = (0..a.len()).find(|&i| a[i] != b[i]);
-    assert_eq!(wrong, None, "{what}: first difference");
-}
-
-/// Guests that write at random until dropped.
-struct Guests {
-    stop: Arc<AtomicBool>,
-    threads: Vec<std::thread::JoinHandle<()>>,
-}
-
-impl Guests {
-    fn on(handle: &Arc<Handle>, seed: u64) -> Guests {
-        let stop = Arc::new(AtomicBool::new(false));
-        let writes = Arc::new(AtomicU64::new(0));
-        let threads = (1..3)
-            .map(|t| {
-                let (handle, stop, writes) = (handle.clone(), stop.clone(), writes.clone());
-                let mut rng = Rng(seed.wrapping_mul(t * 2 + 1) | 1);
-                std::thread::spawn(move || {
-                    while !stop.load(SeqCst) {
-                        let off = rng.below(LEN as u64 - 1);
-                        let n = (1 + rng.below(70_000)).min(LEN as u64 - off);
-                        let data = vec![rng.draw() as u8; n as usize];
-                        match rng.below(5) {
-                            0 => handle.zero(off, n, Flags::NONE).unwrap(),
-                            _ => handle.write(off, &Iov::from_slice(&data), Flags::NONE).unwrap(),
-                        }
-                        writes.fetch_add(1, SeqCst);
-                    }
-                })
-            })
-            .collect();
-        while writes.load(SeqCst) < 4 {
-            std::thread::yield_now();
-        }
-        Guests { stop, threads }
-    }
-}
-
-impl Drop for Guests {
-    fn drop(&mut self) {
-        self.stop.store(true, SeqCst);
-        self.threads.drain(..).for_each(|t| t.join().unwrap());
-    }
-}
-
 #[test]
 fn a_full_backup_is_the_disk_as_it_was() {
     for round in 0..20 {
         let mut desk = Desk::new();
-        let (disk, source) = desk.disk("disk");
-        let (target, copy) = desk.disk("target");
+        let (disk, source) = desk.disk("disk", LEN);
+        let (target, copy) = desk.disk("target", LEN);
         let guest = desk.graph.attach(Some(disk.clone()), HandleSpec::default()).unwrap();
-        let guests = Guests::on(&guest, 0xb0b + round);
+        let guests = Guests::on(&guest, 0xb0b + round, false);
         let mut then = Vec::new();
         // at a speed that leaves the guests time
-        desk.start(spec(&disk, &target, Sync::Full), 40 << 20, || then = bytes(&source));
+        start(&mut desk, spec(&disk, &target, Sync::Full), 40 << 20, || then = bytes(&source));
         desk.until(&format!("COMPLETED {LEN}/{LEN} "));
         drop(guests);
         assert_same(&bytes(&copy), &then, "the backup");
@@ -173,18 +63,18 @@ fn a_full_backup_is_the_disk_as_it_was() {
 #[test]
 fn incremental_backups_restore_any_point() {
     let mut desk = Desk::new();
-    let (disk, source) = desk.disk("disk");
-    let (target, copy) = desk.disk("target");
+    let (disk, source) = desk.disk("disk", LEN);
+    let (target, copy) = desk.disk("target", LEN);
     let guest = desk.graph.attach(Some(disk.clone()), HandleSpec::default()).unwrap();
     let bitmap = disk.add_bitmap(Some("b0"), 65536).unwrap();
     let mut then = Vec::new();
     // The bitmap is clean and the target empty, as the disk is.
     for round in 0..25 {
-        let guests = Guests::on(&guest, 0xcafe + round);
+        let guests = Guests::on(&guest, 0xcafe + round, false);
         let mut spec = spec(&disk, &target, Sync::Bitmap);
         let mode = if round % 5 == 4 { BitmapMode::Always } else { BitmapMode::OnSuccess };
         spec.bitmap = Some((bitmap.clone(), mode));
-        desk.start(spec, 60 << 20, || then = bytes(&source));
+        start(&mut desk, spec, 60 << 20, || then = bytes(&source));
         assert!(bitmap.busy());
         if round % 3 == 2 {
             // A backup that does not end keeps what it did not copy; what it did copy is on the target,
@@ -207,15 +97,15 @@ fn incremental_backups_restore_any_point() {
 #[test]
 fn a_bitmap_that_never_forgets_keeps_all() {
     let mut desk = Desk::new();
-    let (disk, _) = desk.disk("disk");
-    let (target, _) = desk.disk("target");
+    let (disk, _) = desk.disk("disk", LEN);
+    let (target, _) = desk.disk("target", LEN);
     let guest = desk.graph.attach(Some(disk.clone()), HandleSpec::default()).unwrap();
     let bitmap = disk.add_bitmap(Some("b0"), 65536).unwrap();
     guest.write(0, &Iov::from_slice(&[1; 70_000]), Flags::NONE).unwrap();
     for (mode, left) in [(BitmapMode::Never, 2 << 16), (BitmapMode::OnSuccess, 0)] {
         let mut spec = spec(&disk, &target, Sync::Bitmap);
         spec.bitmap = Some((bitmap.clone(), mode));
-        desk.start(spec, 0, || ());
+        start(&mut desk, spec, 0, || ());
         desk.until(&format!("COMPLETED {}/{} ", 2 << 16, 2 << 16));
         assert_eq!(bitmap.count(), left);
     }
@@ -224,14 +114,14 @@ fn a_bitmap_that_never_forgets_keeps_all() {
 #[test]
 fn a_backup_that_waits_for_space_loses_nothing() {
     let mut desk = Desk::new();
-    let (disk, source) = desk.disk("disk");
-    let (target, copy) = desk.disk("target");
+    let (disk, source) = desk.disk("disk", LEN);
+    let (target, copy) = desk.disk("target", LEN);
     source.data.lock().unwrap().fill(7);
     let guest = desk.graph.attach(Some(disk.clone()), HandleSpec::default()).unwrap();
     let mut spec = spec(&disk, &target, Sync::Full);
     spec.on_target_error = OnError::Enospc;
     copy.fail.store(libc::ENOSPC, SeqCst);
-    desk.start(spec, 0, || ());
+    start(&mut desk, spec, 0, || ());
     desk.until("ERROR false");
     let job = &desk.jobs.query()[0];
     assert_eq!((job.status, job.paused), (Status::Paused, true));
@@ -255,14 +145,14 @@ fn errors_end_it_or_not_as_the_policy_says() {
         ("target", OnError::Ignore, "ERROR false"),
     ] {
         let mut desk = Desk::new();
-        let (disk, source) = desk.disk("disk");
-        let (target, copy) = desk.disk("target");
+        let (disk, source) = desk.disk("disk", LEN);
+        let (target, copy) = desk.disk("target", LEN);
         source.data.lock().unwrap().fill(7);
         let bad = if fails == "source" { &source } else { &copy };
         bad.fail.store(libc::EIO, SeqCst);
         let mut spec = spec(&disk, &target, Sync::Full);
         (spec.on_source_error, spec.on_target_error) = (policy, policy);
-        desk.start(spec, 0, || ());
+        start(&mut desk, spec, 0, || ());
         desk.until(told);
         if policy == OnError::Report {
             desk.until("COMPLETED 0/");
@@ -278,11 +168,11 @@ fn errors_end_it_or_not_as_the_policy_says() {
 #[test]
 fn sync_none_has_what_was_overwritten() {
     let mut desk = Desk::new();
-    let (disk, source) = desk.disk("disk");
-    let (target, copy) = desk.disk("target");
+    let (disk, source) = desk.disk("disk", LEN);
+    let (target, copy) = desk.disk("target", LEN);
     source.data.lock().unwrap().fill(7);
     let guest = desk.graph.attach(Some(disk.clone()), HandleSpec::default()).unwrap();
-    desk.start(spec(&disk, &target, Sync::None), 0, || ());
+    start(&mut desk, spec(&disk, &target, Sync::None), 0, || ());
     guest.write(65536 + 100, &Iov::from_slice(&[1; 100]), Flags::NONE).unwrap();
     let key = desk.jobs.find("b").unwrap();
     desk.jobs.cancel(&mut desk.graph, key, true).unwrap();
@@ -296,8 +186,8 @@ fn sync_none_has_what_was_overwritten() {
 #[test]
 fn what_does_not_fit_is_refused() {
     let mut desk = Desk::new();
-    let (disk, _) = desk.disk("disk");
-    let (target, _) = desk.disk("target");
+    let (disk, _) = desk.disk("disk", LEN);
+    let (target, _) = desk.disk("target", LEN);
     let small = Node::new("small", Box::new(Mem::new(512)), NodeOptions::default());
     desk.graph.add(small.clone()).unwrap();
     desk.graph.own(&small);

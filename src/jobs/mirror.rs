@@ -3,26 +3,26 @@
 //!
 //! A dirty bitmap says what is still to be copied: all that there was, at first, and what the guest
 //! has written since. The job *clears* a granule, *then* reads it and writes it to the target; when
-//! that fails it sets it again. Once little is dirty the job is ready. When it is told to end it has
-//! the guest held, copies the rest, flushes the target, and ends; the control thread switches over
-//! before the guest goes on.
-//!
-//! A guest that writes faster than the job copies is held again and again, for a little at a time,
-//! until nothing is left.
+//! that fails it sets it again. Once little is dirty the job is ready.
 //!
 //! In the mode `write-blocking` ([`mirror_top`]) the guest's writes go to both sides. A piece that the
-//! job copies is then taken, read and written within one turn, so that no write of the guest comes
-//! between; nothing that was copied becomes dirty again, but by a discard or an error.
+//! job copies is taken, read and written within one turn, so that no write of the guest comes between.
+//!
+//! When it is told to end it is [closing](mirror_top::Mode::Closing): from then on guests' writes go to
+//! both sides in any case, and nothing becomes dirty again. The job copies the rest, flushes the target,
+//! and has the guest held for what was under way just then. Then it ends, and the control thread
+//! switches over before the guest goes on; or the job waits to be finalized, the guest goes on, still
+//! on both sides, and the switch finds nothing to copy.
 //!
 //! Owns: the order of it. Never: makes or names targets. Threads: as [`Work`] says. Locks: none of its
 //! own.
 
 use super::job::{JobCtx, Stop, Work, attach};
 use super::layers::{self, Found};
-use super::mirror_top::{self, Active};
+use super::mirror_top::{self, Both, Mode};
 use super::table::Kind;
 use crate::block::bitmap::Bitmap;
-use crate::block::chain::{self, Contents};
+use crate::block::chain;
 use crate::block::driver::{Flags, Perm};
 use crate::block::graph::Graph;
 use crate::block::handle::{Handle, OnError};
@@ -32,6 +32,7 @@ use crate::sys::buf::AlignedBuf;
 use crate::sys::iov::{Iov, IovMut};
 use std::io;
 use std::ops::Range;
+use std::slice::from_ref;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -39,11 +40,18 @@ use std::time::{Duration, Instant};
 /// The most that is copied in one piece, in bytes.
 const PIECE: u64 = 1 << 20;
 
-/// The guest is held for the rest when no more than this is dirty, in bytes.
+/// The most that is zeroed in one piece, in bytes.
+const ZEROES: u64 = 16 << 20;
+
+/// A job is close to its end when no more than this is dirty, and this is the most that is copied while
+/// the guest is held, in bytes.
 const LITTLE: u64 = 1 << 20;
 
-/// The most that is copied while a guest is held that cannot be caught up with otherwise, in bytes.
-const MOST_HELD: u64 = 256 << 20;
+/// A flush that takes less is done while the guest is held.
+const SHORT: Duration = Duration::from_millis(50);
+
+/// After so many flushes that took longer the guest has to wait for one.
+const MOST_FLUSHES: u32 = 8;
 
 /// How often the whole disk is gone over before a job is ready although the guest is faster.
 const ROUNDS: u32 = 8;
@@ -101,54 +109,20 @@ enum Failed {
 /// How a copy went.
 type Copied = Result<(), Failed>;
 
-/// A side of a copy: a handle, which takes a ticket for each request, or a node, for whoever has one.
-trait Side {
-    fn contents(&self, off: u64, len: u64) -> io::Result<Contents>;
-    fn read(&self, off: u64, to: &mut IovMut) -> io::Result<()>;
-    fn write(&self, off: u64, from: &Iov) -> io::Result<()>;
-    fn zero(&self, off: u64, len: u64, flags: Flags) -> io::Result<()>;
-}
-
-impl Side for Arc<Handle> {
-    fn contents(&self, off: u64, len: u64) -> io::Result<Contents> {
-        Handle::contents(self, off, len)
-    }
-    fn read(&self, off: u64, to: &mut IovMut) -> io::Result<()> {
-        Handle::read(self, off, to)
-    }
-    fn write(&self, off: u64, from: &Iov) -> io::Result<()> {
-        Handle::write(self, off, from, Flags::NONE)
-    }
-    fn zero(&self, off: u64, len: u64, flags: Flags) -> io::Result<()> {
-        Handle::zero(self, off, len, flags)
-    }
-}
-
-impl Side for Node {
-    fn contents(&self, off: u64, len: u64) -> io::Result<Contents> {
-        chain::contents(self, off, len)
-    }
-    fn read(&self, off: u64, to: &mut IovMut) -> io::Result<()> {
-        Node::read(self, off, to)
-    }
-    fn write(&self, off: u64, from: &Iov) -> io::Result<()> {
-        Node::write(self, off, from, Flags::NONE)
-    }
-    fn zero(&self, off: u64, len: u64, flags: Flags) -> io::Result<()> {
-        Node::zero(self, off, len, flags)
-    }
-}
-
 /// The job.
 pub struct Mirror {
     plan: Plan,
     filter: Option<Arc<Node>>,
     dirty: Arc<Bitmap>,
+    both: Arc<Both>,
+    /// Above both sides: for tickets.
+    above: Option<Arc<Handle>>,
+    /// On each side: for what the job does there, and lets others do.
     src: Option<Arc<Handle>>,
     dst: Option<Arc<Handle>>,
-    /// In the mode `write-blocking`: what the filter shares, and a handle above both sides.
-    active: Option<(Arc<Active>, Arc<Handle>)>,
     buf: Option<AlignedBuf>,
+    /// How often it has flushed the target since it is closing.
+    flushes: u32,
     /// It was told to switch over.
     switch: bool,
     /// The target was read-only before.
@@ -170,14 +144,17 @@ impl Mirror {
         }
         let dirty = Bitmap::new(None, plan.granularity, plan.source.len())?;
         let turn_back = plan.target.read_only();
+        let both = Both::new(&plan.target, (bare, plan.commit), plan.mode());
         let mut mirror = Mirror {
             plan,
             filter: None,
             dirty,
+            both,
+            above: None,
             src: None,
             dst: None,
-            active: None,
             buf: None,
+            flushes: 0,
             switch: false,
             turn_back,
             synced: Arc::default(),
@@ -197,14 +174,11 @@ impl Mirror {
         if *commit {
             graph.set_read_only(target, false)?;
         }
-        let active = self.plan.active.then(|| Active::new(target, self.bare));
         let name = self.plan.filter.as_deref();
-        let options = mirror_top::Options { name, commit: *commit, active: active.clone() };
+        let options = mirror_top::Options { name, both: self.both.clone() };
         let filter = mirror_top::insert(graph, source, &self.dirty, options)?;
         self.filter = Some(filter.clone());
-        if let Some(active) = active {
-            self.active = Some((active, attach(graph, &filter, Perm::NONE, Perm::ALL)?));
-        }
+        self.above = Some(attach(graph, &filter, Perm::NONE, Perm::ALL)?);
         let reads = if *commit { Perm::NONE } else { Perm::CONSISTENT_READ };
         self.src = Some(attach(graph, source, reads, Perm::ALL)?);
         if *commit && target.len() < source.len() {
@@ -212,21 +186,40 @@ impl Mirror {
         }
         let uses = Perm::WRITE | Perm::CONSISTENT_READ;
         let shares = Perm::CONSISTENT_READ | Perm::WRITE_UNCHANGED;
-        // The filter writes there as well.
-        let shares = if self.plan.active { shares | Perm::WRITE } else { shares };
         self.dst = Some(attach(graph, target, uses, shares)?);
         Ok(())
     }
 
-    fn sides(&self) -> Result<(Arc<Handle>, Arc<Handle>), Stop> {
-        match (&self.src, &self.dst) {
-            (Some(src), Some(dst)) => Ok((src.clone(), dst.clone())),
-            _ => Err(Stop::Failed(Error::new("the job has no disk"))),
+    fn handles(&self) -> Result<[Arc<Handle>; 3], Error> {
+        match (&self.above, &self.src, &self.dst) {
+            (Some(above), Some(src), Some(dst)) => Ok([above.clone(), src.clone(), dst.clone()]),
+            _ => Err(Error::new("the job has no disk")),
         }
     }
 
+    /// Does something with a ticket in hand. `f` has the source and the target.
+    fn inside<T>(&self, f: impl FnOnce(&Node, &Node) -> io::Result<T>) -> io::Result<T> {
+        let none = || io::Error::from_raw_os_error(libc::ENOMEDIUM);
+        let above = self.above.as_ref().ok_or_else(none)?;
+        above.inside(|filter| {
+            let (source, target) = (filter.filtered().ok_or_else(none)?, self.both.target()?);
+            f(&source, &target)
+        })
+    }
+
+    /// Deals with an error as the policies say.
+    fn failed(&self, cx: &JobCtx, failed: Failed) -> Result<(), Stop> {
+        match failed {
+            Failed::Source(e) => cx.on_error(self.plan.on_source_error, &e, true)?,
+            Failed::Target(e) => cx.on_error(self.plan.on_target_error, &e, false)?,
+        };
+        // What failed while the job was paused is marked, and tried again as well.
+        self.both.take_error();
+        Ok(())
+    }
+
     /// Notes what there is to be copied at first.
-    fn begin_dirty(&self, cx: &JobCtx, src: &Arc<Handle>, dst: &Arc<Handle>) -> Result<(), Stop> {
+    fn begin_dirty(&self, cx: &JobCtx) -> Result<(), Stop> {
         let images: Vec<_> = match &self.plan.sync {
             Sync::None => return Ok(()),
             Sync::Top(images) => images.clone(),
@@ -245,28 +238,32 @@ impl Mirror {
             if begun.elapsed() > Duration::from_millis(20) {
                 cx.pause_point()?;
             }
-            let found = src.inside(|_| layers::find(&images, off, len - off));
-            let (found, n) = match found {
-                Ok(found) => found,
-                Err(e) => {
-                    cx.on_error(self.plan.on_source_error, &e, true)?;
-                    continue;
+            let most = if zeroed { len - off } else { ZEROES.min(len - off) };
+            let found = self.inside(|_, target| {
+                // A write of the guest that goes to both sides must not come between.
+                let _turn = (!zeroed).then(|| self.both.turns.enter(off, off + most, true));
+                let (found, n) = match layers::find(&images, off, most) {
+                    Ok(found) => found,
+                    Err(e) => return Ok(Err(Failed::Source(e))),
+                };
+                if found != Found::Nothing {
+                    self.dirty.mark(off, n);
+                } else if !zeroed && let Err(e) = self.zero(target, off, n) {
+                    return Ok(Err(Failed::Target(e)));
                 }
-            };
-            if found != Found::Nothing {
-                self.dirty.mark(off, n);
-            } else if !zeroed && let Err(e) = self.zero(dst, off, n.min(1 << 30)) {
-                cx.on_error(self.plan.on_target_error, &e, false)?;
-                continue;
+                Ok(Ok(n))
+            })?;
+            match found {
+                Ok(n) => off += n,
+                Err(e) => self.failed(cx, e)?,
             }
-            off += if found == Found::Nothing && !zeroed { n.min(1 << 30) } else { n };
         }
         Ok(())
     }
 
     /// Makes a range of the target read as zeroes, if it does not.
-    fn zero(&self, dst: &impl Side, off: u64, len: u64) -> io::Result<()> {
-        let there = dst.contents(off, len)?;
+    fn zero(&self, dst: &Node, off: u64, len: u64) -> io::Result<()> {
+        let there = chain::contents(dst, off, len)?;
         let own = there.depth == 1 || !self.bare;
         if there.zero && own && there.len >= len {
             return Ok(());
@@ -274,34 +271,29 @@ impl Mirror {
         dst.zero(off, len, if self.plan.unmap { Flags::MAY_UNMAP } else { Flags::NONE })
     }
 
+    fn new_buf(&self) -> AlignedBuf {
+        AlignedBuf::new(PIECE.min(self.plan.buf_size.max(4096)) as usize, 4096)
+    }
+
     /// Copies a range whose granules were cleared.
-    fn copy(&mut self, src: &impl Side, dst: &impl Side, range: &Range<u64>) -> Result<(), Failed> {
-        let most = PIECE.min(self.plan.buf_size.max(4096)) as usize;
-        let mut buf = self.buf.take().unwrap_or_else(|| AlignedBuf::new(most, 4096));
+    fn copy(&self, src: &Node, dst: &Node, range: &Range<u64>, buf: &mut AlignedBuf) -> Copied {
         let mut at = range.start;
-        let done = loop {
-            if at >= range.end {
-                break Ok(());
-            }
-            match self.copy_some(src, dst, at, range.end - at, &mut buf) {
-                Ok(n) => at += n,
-                Err(e) => break Err(e),
-            }
-        };
-        self.buf = Some(buf);
-        done
+        while at < range.end {
+            at += self.copy_some(src, dst, at, range.end - at, buf)?;
+        }
+        Ok(())
     }
 
     /// Copies some of `len` bytes at `off`; answers how many.
     fn copy_some(
         &self,
-        src: &impl Side,
-        dst: &impl Side,
+        src: &Node,
+        dst: &Node,
         off: u64,
         len: u64,
         buf: &mut AlignedBuf,
     ) -> Result<u64, Failed> {
-        let found = src.contents(off, len).map_err(Failed::Source)?;
+        let found = chain::contents(src, off, len).map_err(Failed::Source)?;
         if found.zero {
             self.zero(dst, off, found.len).map_err(Failed::Target)?;
             return Ok(found.len);
@@ -309,16 +301,8 @@ impl Mirror {
         let n = found.len.min(buf.len() as u64);
         let part = &mut buf[..n as usize];
         src.read(off, &mut IovMut::from_slice(part)).map_err(Failed::Source)?;
-        dst.write(off, &Iov::from_slice(part)).map_err(Failed::Target)?;
+        dst.write(off, &Iov::from_slice(part), Flags::NONE).map_err(Failed::Target)?;
         Ok(n)
-    }
-
-    /// Takes the next dirty range from `from` on, and clears it.
-    fn take(&self, from: u64, most: u64) -> Option<Range<u64>> {
-        let range = self.whole(&self.dirty.next_dirty(from, self.dirty.len(), most)?);
-        // Before its data are read: a write that comes later marks it again.
-        self.clear(&range);
-        Some(range)
     }
 
     /// The granules that a range touches.
@@ -327,33 +311,24 @@ impl Mirror {
         range.start & !(granule - 1)..range.end.next_multiple_of(granule).min(self.dirty.len())
     }
 
-    fn clear(&self, range: &Range<u64>) {
-        self.dirty.clear(range.start, range.end - range.start);
-    }
-
     /// Takes the next dirty range from `from` on, and copies it: the range, and how that went.
-    fn take_and_copy(&mut self, from: u64, most: u64) -> Result<Option<(Range<u64>, Copied)>, Stop> {
-        let (src, dst) = self.sides()?;
-        let Some((active, above)) = self.active.clone() else {
-            let Some(range) = self.take(from, most) else { return Ok(None) };
-            let done = self.copy(&src, &dst, &range);
-            return Ok(Some((range, done)));
-        };
+    fn take_and_copy(&mut self, from: u64, most: u64) -> io::Result<Option<(Range<u64>, Copied)>> {
         let Some(next) = self.dirty.next_dirty(from, self.dirty.len(), most) else { return Ok(None) };
-        let whole = self.whole(&next);
-        let done = above.inside(|filter| {
+        let range = self.whole(&next);
+        let mut buf = self.buf.take().unwrap_or_else(|| self.new_buf());
+        let done = self.inside(|source, target| {
             // The ticket first, then the turn.
-            let _turn = active.turns.enter(whole.start, whole.end, true);
-            self.clear(&whole);
-            let (source, target) = (filter.filtered(), active.target()?);
-            let source = source.ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEDIUM))?;
-            let done = self.copy(&*source, &*target, &whole);
+            let _turn = self.both.turns.enter(range.start, range.end, true);
+            // Before its data are read: a write that comes later marks it again.
+            self.dirty.clear(range.start, range.end - range.start);
+            let done = self.copy(source, target, &range, &mut buf);
             if done.is_err() {
-                self.dirty.mark(whole.start, whole.end - whole.start);
+                self.dirty.mark(range.start, range.end - range.start);
             }
             Ok(done)
-        })?;
-        Ok(Some((whole, done)))
+        });
+        self.buf = Some(buf);
+        Ok(Some((range, done?)))
     }
 
     /// Copies what is dirty from `from` on, one piece of it; answers where it ended, `None` when there
@@ -365,11 +340,7 @@ impl Mirror {
         cx.at_work();
         let Some((range, done)) = self.take_and_copy(from, most)? else { return Ok(None) };
         if let Err(e) = done {
-            self.dirty.mark(range.start, range.end - range.start);
-            match e {
-                Failed::Source(e) => cx.on_error(self.plan.on_source_error, &e, true)?,
-                Failed::Target(e) => cx.on_error(self.plan.on_target_error, &e, false)?,
-            };
+            self.failed(cx, e)?;
             return Ok(Some(range.end));
         }
         cx.advance(range.end - range.start);
@@ -377,29 +348,34 @@ impl Mirror {
         Ok(Some(range.end))
     }
 
-    /// The last step: with the guest held, copies up to `most` bytes. True when nothing is left, and the
-    /// guest stays held.
-    fn last_step(&mut self, cx: &JobCtx, most: u64) -> Result<bool, Stop> {
-        let (src, dst) = self.sides()?;
-        let above = [self.plan.source.clone()];
-        let mut own = vec![src, dst.clone()];
-        own.extend(self.active.iter().map(|(_, h)| h.clone()));
-        if !cx.hold_guest(&above, &own)? {
+    /// The last step, with nothing dirty: true when it was done, and the guest stays held.
+    fn last_step(&mut self, cx: &JobCtx) -> Result<bool, Stop> {
+        let own = self.handles()?;
+        // What was written for long is flushed for long: not while the guest waits.
+        let begun = Instant::now();
+        if let Err(e) = own[2].flush() {
+            self.failed(cx, Failed::Target(e))?;
             return Ok(false);
         }
+        let slow = begun.elapsed() > SHORT && self.flushes < MOST_FLUSHES;
+        self.flushes += 1;
+        if slow || !cx.hold_guest(from_ref(&self.plan.source), &own)? {
+            return Ok(false);
+        }
+        // What was under way when the job began to close.
         let mut done = 0;
-        while done < most {
+        while done < LITTLE {
             let before = cx.get_progress().offset;
             let Some(_) = self.step(cx, 0, PIECE)? else { break };
             done += (cx.get_progress().offset - before).max(4096);
         }
         if self.dirty.count() == 0 {
-            match dst.flush() {
+            match own[2].flush() {
                 Ok(()) if cx.confirm_hold() => return Ok(true),
                 Ok(()) => {}
                 Err(e) => {
                     cx.release_guest();
-                    cx.on_error(self.plan.on_target_error, &e, false)?;
+                    self.failed(cx, Failed::Target(e))?;
                 }
             }
         }
@@ -416,51 +392,49 @@ impl Mirror {
 
 impl Work for Mirror {
     fn run(&mut self, cx: &JobCtx) -> Result<(), Stop> {
-        let (src, dst) = self.sides()?;
+        let [_, src, dst] = self.handles()?;
         let (len, there) = (src.len(), dst.len());
         if len != there && !(self.plan.commit && there > len) {
             return Err(Stop::Failed(Error::new("Source and target image have different sizes")));
         }
-        self.begin_dirty(cx, &src, &dst)?;
+        self.begin_dirty(cx)?;
         cx.remaining(self.dirty.count());
         let (mut at, mut rounds, mut ready) = (0, 0, false);
-        let (mut budget, mut last) = (LITTLE, u64::MAX);
         loop {
             cx.pause_point()?;
-            if let Some((active, _)) = &self.active {
-                let failed = active.take_error();
-                self.synced.store(failed.is_none() && self.dirty.count() == 0, Ordering::SeqCst);
-                if let Some(e) = failed {
-                    cx.on_error(self.plan.on_target_error, &e, false)?;
+            let failed = self.both.take_error();
+            let synced = self.plan.active && failed.is_none() && self.dirty.count() == 0;
+            self.synced.store(synced, Ordering::SeqCst);
+            if let Some(e) = failed {
+                self.failed(cx, Failed::Target(e))?;
+                continue;
+            }
+            if !ready && self.is_close(rounds) {
+                if let Err(e) = dst.flush() {
+                    self.failed(cx, Failed::Target(e))?;
                     continue;
                 }
+                ready = true;
+                cx.remaining(self.dirty.count());
+                // Before anybody hears of it: a mirror that is ready and has copied all is not busy.
+                if self.dirty.count() == 0 {
+                    cx.at_rest();
+                }
+                cx.ready();
             }
-            if self.is_close(rounds) {
-                if !ready {
-                    if let Err(e) = dst.flush() {
-                        cx.on_error(self.plan.on_target_error, &e, false)?;
+            let complete = cx.completing();
+            if ready && (complete || cx.stopping()) {
+                self.both.set_mode(Mode::Closing);
+                if self.dirty.count() == 0 {
+                    if !self.last_step(cx)? {
                         continue;
                     }
-                    ready = true;
-                    cx.remaining(self.dirty.count());
-                    // Before anybody hears of it: a mirror that is ready and has copied all is not busy.
-                    if self.dirty.count() == 0 {
-                        cx.at_rest();
+                    self.switch = complete;
+                    if !complete {
+                        // The target is the disk as it is now.
+                        self.both.set_mode(Mode::Background);
                     }
-                    cx.ready();
-                }
-                let (complete, stop) = (cx.completing(), cx.stopping());
-                if complete || stop {
-                    if self.last_step(cx, budget)? {
-                        self.switch = complete;
-                        return Ok(());
-                    }
-                    // The guest has written more in between than was copied while it was held, perhaps.
-                    let left = self.dirty.count();
-                    let slow = left.saturating_add(LITTLE / 2) > last;
-                    budget = if slow { (budget * 2).min(MOST_HELD) } else { LITTLE };
-                    last = left;
-                    continue;
+                    return Ok(());
                 }
             }
             let before = cx.get_progress().offset;
@@ -483,33 +457,34 @@ impl Work for Mirror {
     }
 
     fn prepare(&mut self, graph: &mut Graph) -> Result<()> {
-        let (Ok((src, dst)), true) = (self.sides(), self.switch) else { return Ok(()) };
+        let (Ok([above, src, dst]), true) = (self.handles(), self.switch) else { return Ok(()) };
         let Some(filter) = self.filter.clone() else { return Ok(()) };
         let Plan { source, target, replaces, .. } = &self.plan;
         let from = replaces.as_ref().unwrap_or(&filter).clone();
-        let target = target.clone();
-        let quiesced = graph.quiesce(&[source, &from, &target], &[&src, &dst]);
+        let (source, target) = (source.clone(), target.clone());
+        let quiesced = graph.quiesce(&[&source, &from, &target], &[&above, &src, &dst]);
         let wrong = |e: io::Error| Error::new(strerror(&e));
-        // Nothing, unless the job had to wait for others of its transaction or for a user.
-        while let Some(range) = self.take(0, PIECE) {
-            if let Err(Failed::Source(e) | Failed::Target(e)) = self.copy(&src, &dst, &range) {
-                self.dirty.mark(range.start, range.end - range.start);
-                return Err(wrong(e));
-            }
+        // Nothing, unless the job had to wait, and a write of the guest failed on the target meanwhile.
+        if self.dirty.count() > LITTLE {
+            let e = self.both.take_error();
+            return Err(wrong(e.unwrap_or_else(|| io::Error::from_raw_os_error(libc::EIO))));
+        }
+        while let Some((_, done)) = self.take_and_copy(0, PIECE).map_err(wrong)? {
+            done.map_err(|(Failed::Source(e) | Failed::Target(e))| wrong(e))?;
         }
         dst.flush().map_err(wrong)?;
         // The target's new users do with it what they like; it stays open till they have it.
         graph.detach(&src);
         self.src = None;
-        if let Some((active, above)) = self.active.take() {
-            active.stop();
+        self.both.set_mode(Mode::Background);
+        if let Some(above) = self.above.take() {
             graph.detach(&above);
         }
         graph.set_perm(&dst, Perm::NONE, Perm::ALL)?;
         let longer = target.len() != from.len();
         let backing = self.plan.backing.clone().zip(target.backing_edge());
         // Now the job's own handle as well, which is done.
-        let all = graph.quiesce(&[&self.plan.source, &from, &target], &[]);
+        let all = graph.quiesce(&[&source, &from, &target], &[]);
         let done = graph.edit(&all, |edit| {
             edit.replace(&from, &target, None)?;
             match &backing {
@@ -538,8 +513,8 @@ impl Work for Mirror {
     }
 
     fn clean(&mut self, graph: &mut Graph) {
-        if let Some((active, above)) = self.active.take() {
-            active.stop();
+        self.both.set_mode(Mode::Background);
+        if let Some(above) = self.above.take() {
             graph.detach(&above);
         }
         for handle in [self.src.take(), self.dst.take()].into_iter().flatten() {
@@ -578,6 +553,11 @@ impl Work for Mirror {
 }
 
 impl Plan {
+    /// How guests' writes get to the target at first.
+    fn mode(&self) -> Mode {
+        if self.active { Mode::Blocking } else { Mode::Background }
+    }
+
     /// What such a job says it does.
     pub fn kind(&self) -> Kind {
         if self.commit { Kind::Commit } else { Kind::Mirror }
@@ -591,3 +571,7 @@ pub fn default_granularity(target: &Node) -> u32 {
         None => 65536,
     }
 }
+
+#[cfg(test)]
+#[path = "mirror_test.rs"]
+mod tests;

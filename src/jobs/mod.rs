@@ -22,3 +22,5 @@ mod txn;
 
 #[cfg(test)]
 mod stress_test;
+#[cfg(test)]
+mod testing;
