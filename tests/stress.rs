@@ -1,6 +1,6 @@
 //! Guests that verify every byte they wrote, on virtqueues, while the graph below them is changed in every way there
-//! is: snapshots, transactions, resizes, limits, filters, children, breakpoints, jobs, exports. No mismatch, no
-//! request that is not answered, and at the end no node, descriptor or thread is left.
+//! is: snapshots, transactions, resizes, limits, filters, children, breakpoints, jobs, exports, media that are taken
+//! out and put in (`stress/trays.rs`). No mismatch, no request that is not answered, and at the end no node, descriptor or thread is left.
 //!
 //! A minute by default; `SOAK=seconds` makes it long, `SEED=n` repeats the order of commands (not the threads').
 
@@ -8,6 +8,8 @@
 #[path = "hostile/guest.rs"]
 mod guest;
 mod kit;
+#[path = "stress/trays.rs"]
+mod trays;
 
 use guest::{Guest, Rng, header};
 use minivmm::block::drive::{Device, Use};
@@ -241,6 +243,8 @@ struct Control {
     top: [String; 3],
     export: bool,
     backup: Option<String>,
+    /// Where the trays are, by their devices' ids, as the events say.
+    trays: BTreeMap<String, bool>,
 }
 
 /// What must have been done: a test that does nothing proves nothing.
@@ -262,6 +266,12 @@ const MUST: &[&str] = &[
     "block-job-complete",
     "nbd-server-stop",
     "block-dirty-bitmap-remove",
+    "eject",
+    "blockdev-open-tray",
+    "blockdev-close-tray",
+    "blockdev-remove-medium",
+    "blockdev-insert-medium",
+    "blockdev-change-medium",
 ];
 
 /// What a command may be refused with here: it comes at a bad moment.
@@ -277,6 +287,13 @@ const BAD_MOMENTS: &[&str] = &[
     "Need a root block node",
     "Failed to get a snapshot list",
     "does not exist on device",
+    "is not open",
+    "is locked and force was not specified",
+    "has no medium",
+    "Failed to get \"write\" lock",
+    "Failed to get shared \"write\" lock",
+    "Duplicate nodes with node-name='in-",
+    "Failed to find node with node-name='in-",
 ];
 
 impl Control {
@@ -311,6 +328,10 @@ impl Control {
             let data = json!(e.data);
             match e.name {
                 "BLOCK_IO_ERROR" | "BLOCK_IMAGE_CORRUPTED" | "QUORUM_FAILURE" => panic!("{}: {data}", e.name),
+                "DEVICE_TRAY_MOVED" => {
+                    let id = data["id"].as_str().unwrap().to_string();
+                    self.trays.insert(id, data["tray-open"].as_bool().unwrap());
+                }
                 "BLOCK_JOB_READY" => self.ready.push(data["device"].as_str().unwrap().to_string()),
                 "BLOCK_JOB_COMPLETED" if !data["error"].is_null() => panic!("{data}"),
                 _ => {}
@@ -336,7 +357,7 @@ impl Control {
     fn step(&mut self) {
         let disk = self.rng.below(2) as usize;
         let device = format!("d{disk}");
-        match self.rng.below(24) {
+        match self.rng.below(32) {
             0 | 1 if self.depth(disk) < 6 => {
                 let name = self.name("over");
                 let file = self.dir.path(&name);
@@ -394,6 +415,11 @@ impl Control {
             18 => self.commit(disk),
             19 => self.mirror(disk),
             20 | 21 => self.complete(),
+            22..=29 => {
+                for (name, args) in trays::step(&mut self.rng, &self.dir) {
+                    self.run(name, args);
+                }
+            }
             _ => {
                 for query in
                     ["query-block", "query-blockstats", "query-named-block-nodes", "query-block-jobs"]
@@ -735,6 +761,7 @@ fn guests_keep_every_byte_whatever_is_done_to_the_graph() {
             top,
             export: false,
             backup: None,
+            trays: BTreeMap::new(),
         }
     };
     let file = |path: &str| json!({"driver": "file", "filename": path});
@@ -752,10 +779,13 @@ fn guests_keep_every_byte_whatever_is_done_to_the_graph() {
     let filtered = json!({"format": "throttle", "throttle-group": "tg", "discard": "unmap", "file": limited});
     let drives = [plain(&c.top[0]), plain(&c.top[1]), filtered, voted];
     let guests: Vec<_> = drives.into_iter().enumerate().map(|(n, drive)| disk(&mut c.vm, n, drive)).collect();
+    trays::make_media(&c.dir);
+    let tray_guests: Vec<_> = (0..2).map(|n| trays::drive(&mut c.vm, n)).collect();
+    let tray_reads = AtomicU64::new(0);
     let (stop, requests) = (AtomicBool::new(false), AtomicU64::new(0));
     let end = Instant::now() + Duration::from_secs(soak);
     let mut steps = 0;
-    let models: Vec<_> = std::thread::scope(|s| {
+    let (models, tray_models) = std::thread::scope(|s| {
         let threads: Vec<_> = guests
             .into_iter()
             .enumerate()
@@ -764,13 +794,21 @@ fn guests_keep_every_byte_whatever_is_done_to_the_graph() {
                 s.spawn(move || run_guest(guest, n as u64, seed, n < 2, stop, requests))
             })
             .collect();
+        let tray_threads: Vec<_> = tray_guests
+            .into_iter()
+            .enumerate()
+            .map(|(n, guest)| {
+                let (stop, reads) = (&stop, &tray_reads);
+                s.spawn(move || trays::run_guest(guest, n, seed, stop, reads))
+            })
+            .collect();
+        let failed =
+            || threads.iter().any(|t| t.is_finished()) || tray_threads.iter().any(|t| t.is_finished());
         let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             // A slow machine may need longer.
             let done_all = |c: &Control| MUST.iter().all(|m| c.done.contains_key(*m));
             let late = end + Duration::from_secs(60);
-            while (Instant::now() < end || (!done_all(&c) && Instant::now() < late))
-                && !threads.iter().any(|t| t.is_finished())
-            {
+            while (Instant::now() < end || (!done_all(&c) && Instant::now() < late)) && !failed() {
                 c.step();
                 steps += 1;
                 std::thread::sleep(Duration::from_micros(c.rng.below(3000)));
@@ -782,10 +820,31 @@ fn guests_keep_every_byte_whatever_is_done_to_the_graph() {
         // After a failure, too, nothing is held back.
         let _hurry = c.vm.graph.hurry();
         let models = threads.into_iter().map(|t| t.join()).collect::<Vec<_>>();
+        let tray_models = tray_threads.into_iter().map(|t| t.join()).collect::<Vec<_>>();
         done.unwrap();
-        models.into_iter().map(Result::unwrap).collect()
+        let models: Vec<_> = models.into_iter().map(Result::unwrap).collect();
+        (models, tray_models.into_iter().map(Result::unwrap).collect::<Vec<_>>())
     });
-    eprintln!("{steps} steps, {} requests, longest {:?}", requests.load(Ordering::Relaxed), c.longest);
+    let tray_reads = tray_reads.load(Ordering::Relaxed);
+    eprintln!(
+        "{steps} steps, {} requests, {tray_reads} reads of media, longest {:?}",
+        requests.load(Ordering::Relaxed),
+        c.longest
+    );
+    assert!(tray_reads > 100, "the media were hardly ever there");
+    c.events();
+    for (id, open) in &c.trays {
+        let is_open = c.vm.drives.of_device(id).and_then(|d| d.handle.tray()).map(|t| t.is_open());
+        assert_eq!(is_open, Some(*open), "{id}: the last event says something else");
+    }
+    for n in 0..2 {
+        for m in 0..trays::MEDIA {
+            let node = format!("in-medium{n}-{m}");
+            c.run("blockdev-open-tray", json!({"id": format!("tray{n}"), "force": true}));
+            c.run("blockdev-remove-medium", json!({"id": format!("tray{n}")}));
+            c.run("blockdev-del", json!({"node-name": node}));
+        }
+    }
     eprintln!("done {:?}\nrefused {:?}", c.done, c.refused);
     if let Some(target) = c.backup.take() {
         c.run("blockdev-del", json!({"node-name": target}));
@@ -805,6 +864,9 @@ fn guests_keep_every_byte_whatever_is_done_to_the_graph() {
         let bytes = std::fs::read(dir.path(child)).unwrap();
         let first = std::fs::read(dir.path(&children[0])).unwrap();
         assert!(bytes == first, "the children of the quorum differ");
+    }
+    for (n, models) in tray_models.iter().enumerate() {
+        trays::compare(&dir, n, models);
     }
     if have_qemu() {
         (0..3).for_each(|n| compare(&dir, &top[n], &models[n]));

@@ -243,6 +243,17 @@ impl Handle {
     /// Does a request. `counted`: it is the guest's own, and shows in the statistics; tools that
     /// do as the guest would are not counted.
     pub fn submit(&self, request: Request, counted: bool) -> io::Result<()> {
+        self.submit_while(|| true, request, counted)
+    }
+
+    /// Does a request of a guest that means the medium that is there as long as `same` says so, which
+    /// is asked when nothing can come between any more; ENOMEDIUM if not.
+    pub fn submit_while(
+        &self,
+        same: impl FnOnce() -> bool,
+        request: Request,
+        counted: bool,
+    ) -> io::Result<()> {
         let (kind, bytes) = request.kind();
         let clock = self.stats.clock();
         // Without a ticket in hand.
@@ -252,7 +263,10 @@ impl Handle {
         {
             member.wait(kind == Kind::Read, bytes);
         }
-        let done = self.with(|n| self.perform(n, request));
+        let done = self.with(|n| match same() {
+            true => self.perform(n, request),
+            false => Err(errno(libc::ENOMEDIUM)),
+        });
         if counted {
             self.stats.done(kind, bytes, clock, done.is_ok());
         }

@@ -29,15 +29,24 @@ struct State {
     event: Option<MediaEvent>,
     /// The medium may be another one than the guest knows.
     attention: bool,
+    /// Counts its moves: the medium is the same as long as there is none.
+    moves: u64,
     /// Moves of the guest's that control has not been told of, or not yet heard.
     untold: u32,
-    /// There were too many: what control hears last is not where the tray is.
-    skipped: bool,
 }
 
 /// Moves that control is told of before it has heard the first: a guest that does nothing but move
 /// its tray fills no memory.
 const UNTOLD: u32 = 32;
+
+/// Why a guest cannot reach the medium.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unreachable {
+    /// The tray is open.
+    Open,
+    /// It may be another one, and the guest has not been told: with this it is.
+    Changed,
+}
 
 type Hook = Box<dyn Fn() + Send + Sync>;
 
@@ -114,7 +123,6 @@ impl Tray {
 
     fn tell(&self, mut state: MutexGuard<State>, open: bool) {
         if state.untold >= UNTOLD {
-            state.skipped = true;
             return;
         }
         state.untold += 1;
@@ -122,12 +130,13 @@ impl Tray {
         self.events.post(Event::TrayMoved { qom_path: self.qom_path.clone(), open });
     }
 
-    /// Control has heard of a move, to `open`; where the tray has gone since without its being told.
+    /// Control has heard of a move, to `open`, and has said so; where the tray is by now, if that was
+    /// the last it hears and is not true any more: there were too many moves, or the user has moved it
+    /// since, which was told before.
     pub fn told(&self, open: bool) -> Option<bool> {
         let mut state = self.state();
         state.untold = state.untold.saturating_sub(1);
-        let caught_up = state.untold == 0 && std::mem::take(&mut state.skipped);
-        (caught_up && state.open != open).then_some(state.open)
+        (state.untold == 0 && state.open != open).then_some(state.open)
     }
 
     /// The guest prevents or allows the removal of the medium.
@@ -145,11 +154,30 @@ impl Tray {
         std::mem::take(&mut self.state().attention)
     }
 
+    /// Whether the guest may do something with the medium that it knows: only as long as
+    /// [`Tray::moves`] is what this answers.
+    pub fn reach(&self) -> Result<u64, Unreachable> {
+        let mut state = self.state();
+        if state.open {
+            return Err(Unreachable::Open);
+        }
+        if std::mem::take(&mut state.attention) {
+            return Err(Unreachable::Changed);
+        }
+        Ok(state.moves)
+    }
+
+    /// How often it has moved.
+    pub fn moves(&self) -> u64 {
+        self.state().moves
+    }
+
     /// The device is reset: closed, unlocked, no news.
     pub fn reset(&self) {
         let mut state = self.state();
-        let (untold, skipped) = (state.untold, state.skipped);
-        let was_open = std::mem::replace(&mut *state, State { untold, skipped, ..State::default() }).open;
+        let (untold, was_open) = (state.untold, state.open);
+        let moves = state.moves + u64::from(was_open);
+        *state = State { untold, moves, ..State::default() };
         if was_open {
             self.tell(state, false);
         }
@@ -162,6 +190,7 @@ impl State {
             return false;
         }
         self.open = open;
+        self.moves += 1;
         self.event = Some(if open { MediaEvent::MediaRemoval } else { MediaEvent::NewMedia });
         self.attention = !open;
         true

@@ -67,3 +67,30 @@ fn a_guest_that_plays_with_its_tray_fills_no_memory() {
     assert_eq!(events.take().len(), 1);
     assert_eq!(tray.told(false), None);
 }
+
+#[test]
+fn the_last_that_control_says_is_where_the_tray_is() {
+    let (tray, events) = tray();
+    assert!(tray.guest_move(true));
+    // The user closes it before control has heard of that, and says "closed" first.
+    assert!(tray.set_open(false));
+    assert_eq!(events.take().len(), 1);
+    assert_eq!(tray.told(true), Some(false));
+}
+
+#[test]
+fn a_guest_reaches_a_medium_only_as_long_as_it_knows_it() {
+    let (tray, _events) = tray();
+    let moves = tray.reach().unwrap();
+    tray.set_open(true);
+    assert_eq!(tray.reach(), Err(Unreachable::Open));
+    tray.set_open(false);
+    assert_ne!(tray.moves(), moves);
+    assert_eq!(tray.reach(), Err(Unreachable::Changed), "so it is told");
+    let again = tray.reach().unwrap();
+    assert_eq!(tray.moves(), again);
+    // A reset that closes the tray, too.
+    tray.guest_move(true);
+    tray.reset();
+    assert_ne!(tray.moves(), again);
+}

@@ -7,6 +7,7 @@
 
 use super::scsi_sense::{Cdb, Fail, Sense};
 use super::scsi_unit::{Unit, fits, give};
+use crate::block::handle::Request;
 use crate::block::stats::Kind as Stat;
 use crate::sys::iov::{Iov, IovMut};
 
@@ -50,12 +51,12 @@ impl Unit {
         if cdb.byte(10) & 7 != 0 || cdb.byte(9) & 0x06 != 0 || !matches!(cdb.byte(9) & 0xf8, 0 | 0x10) {
             return Err(Sense::INVALID_FIELD.into());
         }
-        let (off, len) = self.extent(lba, count, Stat::Read)?;
-        if cdb.byte(9) & 0xf8 == 0 || len == 0 {
+        let on = self.extent(lba, count, Stat::Read)?;
+        if cdb.byte(9) & 0xf8 == 0 || on.len == 0 {
             return Ok(0);
         }
-        let len = fits(len, input.len())?;
-        self.done(true, self.handle.read(off, &mut input.slice(0, len)))?;
+        let len = fits(on.len, input.len())?;
+        self.submit(&on, Request::Read(on.off, &mut input.slice(0, len)))?;
         Ok(len)
     }
 

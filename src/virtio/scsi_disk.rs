@@ -4,10 +4,12 @@
 //! workers, several at once on one unit. Locks: none.
 
 use super::scsi_sense::{Cdb, Fail, Sense};
-use super::scsi_unit::{Unit, fits, give, no_protection};
+use super::scsi_unit::{Place, Unit, fits, give, no_protection};
 use crate::block::driver::{ExtentKind, Flags};
+use crate::block::handle::Request;
 use crate::block::stats::Kind as Stat;
 use crate::sys::iov::{Iov, IovMut};
+use std::io;
 
 /// UNMAP descriptors that one command may have.
 pub(super) const MAX_DESCRIPTORS: u32 = 255;
@@ -63,10 +65,10 @@ impl Unit {
         }
         self.writable(Stat::Write)?;
         let (lba, count) = cdb.blocks();
-        let (off, len) = self.extent(lba, count, Stat::Write)?;
-        let len = fits(len, out.len())?;
+        let on = self.extent(lba, count, Stat::Write)?;
+        let len = fits(on.len, out.len())?;
         if len > 0 {
-            self.done(false, self.handle.write(off, &out.slice(0, len), flags))?;
+            self.submit(&on, Request::Write(on.off, &out.slice(0, len), flags))?;
         }
         Ok(0)
     }
@@ -77,8 +79,8 @@ impl Unit {
             0 => {
                 // Can it be read?
                 let (lba, count) = cdb.blocks();
-                let (off, len) = self.extent(lba, count, Stat::Read)?;
-                self.pieces(off, len, |_, _| Ok(())).map(|()| 0)
+                let on = self.extent(lba, count, Stat::Read)?;
+                self.pieces(&on, |_, _| Ok(())).map(|()| 0)
             }
             1 => self.compare(cdb, out),
             _ => Err(Sense::INVALID_FIELD.into()),
@@ -87,9 +89,9 @@ impl Unit {
 
     fn compare(&self, cdb: &Cdb, out: &Iov) -> Result<usize, Fail> {
         let (lba, count) = cdb.blocks();
-        let (off, len) = self.extent(lba, count, Stat::Read)?;
-        fits(len, out.len())?;
-        self.pieces(off, len, |at, bytes| {
+        let on = self.extent(lba, count, Stat::Read)?;
+        fits(on.len, out.len())?;
+        self.pieces(&on, |at, bytes| {
             let mut theirs = vec![0; bytes.len()];
             out.copy_to(at as usize, &mut theirs);
             if theirs == bytes { Ok(()) } else { Err(Sense::MISCOMPARE.into()) }
@@ -97,13 +99,13 @@ impl Unit {
         Ok(0)
     }
 
-    /// Reads `len` bytes at `off` piece by piece; `f` gets each with its distance from `off`.
-    fn pieces(&self, off: u64, len: u64, f: impl Fn(u64, &[u8]) -> Result<(), Fail>) -> Result<(), Fail> {
-        let mut buffer = vec![0; len.min(PIECE) as usize];
+    /// Reads what is there piece by piece; `f` gets each with its distance from the start.
+    fn pieces(&self, on: &Place, f: impl Fn(u64, &[u8]) -> Result<(), Fail>) -> Result<(), Fail> {
+        let mut buffer = vec![0; on.len.min(PIECE) as usize];
         let mut at = 0;
-        while at < len {
-            let piece = &mut buffer[..(len - at).min(PIECE) as usize];
-            self.done(true, self.handle.read(off + at, &mut IovMut::from_slice(piece)))?;
+        while at < on.len {
+            let piece = &mut buffer[..(on.len - at).min(PIECE) as usize];
+            self.submit(on, Request::Read(on.off + at, &mut IovMut::from_slice(piece)))?;
             f(at, piece)?;
             at += piece.len() as u64;
         }
@@ -113,8 +115,8 @@ impl Unit {
     fn synchronize(&self, cdb: &Cdb) -> Result<usize, Fail> {
         let (lba, count) = cdb.blocks();
         // 0 blocks are all from there on.
-        self.range(lba, count, Stat::Flush)?;
-        self.done(false, self.handle.flush()).map(|()| 0)
+        let on = self.range(lba, count, Stat::Flush)?;
+        self.submit(&on, Request::Flush).map(|()| 0)
     }
 
     fn unmap(&self, cdb: &Cdb, out: &Iov) -> Result<usize, Fail> {
@@ -141,15 +143,15 @@ impl Unit {
         let mut total = 0;
         for d in list[8..8 + described].chunks_exact(16) {
             let range = self.range(be64(d), be32(&d[8..]).into(), Stat::Unmap)?;
-            total += range.1;
+            total += range.len;
             ranges.push(range);
         }
         if total > self.config.max_unmap_size {
             self.handle.invalid(Stat::Unmap);
             return Err(Sense::INVALID_PARAMETER.into());
         }
-        for (off, len) in ranges.into_iter().filter(|r| r.1 > 0) {
-            self.done(false, self.handle.discard(off, len))?;
+        for on in ranges.iter().filter(|r| r.len > 0) {
+            self.submit(on, Request::Discard(on.off, on.len))?;
         }
         Ok(0)
     }
@@ -168,7 +170,7 @@ impl Unit {
         if count == 0 {
             return Err(Sense::INVALID_FIELD.into());
         }
-        let (off, len) = self.extent(lba, count, Stat::Write)?;
+        let on = self.extent(lba, count, Stat::Write)?;
         let mut block = vec![0; self.config.logical_block_size as usize];
         if !without_data {
             fits(self.block(), out.len())?;
@@ -176,13 +178,13 @@ impl Unit {
         }
         if block.iter().all(|b| *b == 0) {
             let unmap = if flags & 0x08 != 0 { Flags::MAY_UNMAP } else { Flags::NONE };
-            return self.done(false, self.handle.zero(off, len, unmap)).map(|()| 0);
+            return self.submit(&on, Request::Zero(on.off, on.len, unmap)).map(|()| 0);
         }
-        let pattern = block.repeat((PIECE.min(len) as usize / block.len()).max(1));
+        let pattern = block.repeat((PIECE.min(on.len) as usize / block.len()).max(1));
         let mut at = 0;
-        while at < len {
-            let piece = &pattern[..(len - at).min(pattern.len() as u64) as usize];
-            self.done(false, self.handle.write(off + at, &Iov::from_slice(piece), Flags::NONE))?;
+        while at < on.len {
+            let piece = &pattern[..(on.len - at).min(pattern.len() as u64) as usize];
+            self.submit(&on, Request::Write(on.off + at, &Iov::from_slice(piece), Flags::NONE))?;
             at += piece.len() as u64;
         }
         Ok(0)
@@ -214,10 +216,14 @@ impl Unit {
     /// What is at a block and how far it goes: one descriptor.
     fn lba_status(&self, cdb: &Cdb, input: &mut IovMut) -> Result<usize, Fail> {
         let lba = cdb.be64(2);
-        let (off, _) = self.range(lba, 1, Stat::Read)?;
-        let len = (self.block_count() * self.block() - off).min(u64::from(u32::MAX));
+        let on = self.range(lba, 1, Stat::Read)?;
+        let end = self.block_count() * self.block();
+        let len = end.saturating_sub(on.off).clamp(1, u64::from(u32::MAX));
         let (mut blocks, mut state) = (1, 0);
-        match self.handle.status(off, len) {
+        let found = self.handle.status(on.off, len);
+        match found.and_then(|e| {
+            if self.is_on(&on) { Ok(e) } else { Err(io::Error::from_raw_os_error(libc::ENOMEDIUM)) }
+        }) {
             // A piece of a block is data, and what a backing file may have is too.
             Ok(extent) if extent.len >= self.block() => {
                 blocks = (extent.len / self.block()) as u32;

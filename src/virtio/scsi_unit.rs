@@ -10,9 +10,9 @@
 
 use super::scsi_sense::{Cdb, Fail, Sense};
 use crate::block::driver::{Flags, Perm};
-use crate::block::handle::Handle;
+use crate::block::handle::{Handle, Request};
 use crate::block::stats::Kind as Stat;
-use crate::block::tray::Tray;
+use crate::block::tray::{Tray, Unreachable};
 use crate::event::ErrorAction;
 use crate::sys::iov::{Iov, IovMut};
 use std::collections::VecDeque;
@@ -127,6 +127,17 @@ impl UnitConfig {
             read_only: cd,
         }
     }
+}
+
+/// Bytes of a medium.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Place {
+    /// Where they begin.
+    pub off: u64,
+    /// How many.
+    pub len: u64,
+    /// How often the tray had moved: which medium is meant.
+    moves: u64,
 }
 
 #[derive(Default)]
@@ -261,12 +272,19 @@ impl Unit {
     }
 
     pub(super) fn ready(&self) -> Result<(), Fail> {
+        self.reach().map(drop)
+    }
+
+    /// The medium can be used, as long as the tray has moved no more often than this says.
+    fn reach(&self) -> Result<u64, Fail> {
         if self.gone.load(Ordering::SeqCst) {
             return Err(Fail::Gone);
         }
-        if self.tray_open() {
-            return Err(Sense::TRAY_OPEN.into());
-        }
+        let moves = match self.tray.as_ref().map_or(Ok(0), |t| t.reach()) {
+            Ok(moves) => moves,
+            Err(Unreachable::Open) => return Err(Sense::TRAY_OPEN.into()),
+            Err(Unreachable::Changed) => return Err(Sense::MEDIUM_CHANGED.into()),
+        };
         if !self.present.load(Ordering::Relaxed) {
             return Err(Sense::NO_MEDIUM.into());
         }
@@ -274,29 +292,41 @@ impl Unit {
             let cd = self.config.kind == UnitKind::Cd;
             return Err(if cd { Sense::NO_MEDIUM } else { Sense::NOT_READY }.into());
         }
-        Ok(())
+        Ok(moves)
     }
 
     /// The bytes that `count` blocks from `lba` on are, if they are on the medium.
-    pub(super) fn range(&self, lba: u64, count: u64, kind: Stat) -> Result<(u64, u64), Fail> {
-        self.ready()?;
+    pub(super) fn range(&self, lba: u64, count: u64, kind: Stat) -> Result<Place, Fail> {
+        let moves = self.reach()?;
         let end = lba.checked_add(count).filter(|end| *end <= self.block_count());
         if end.is_none() {
             self.handle.invalid(kind);
             return Err(Sense::LBA_OUT_OF_RANGE.into());
         }
         // Both are below the medium's length in bytes.
-        Ok((lba * self.block(), count * self.block()))
+        Ok(Place { off: lba * self.block(), len: count * self.block(), moves })
     }
 
     /// The same for a command that moves or makes that many bytes, all at once.
-    pub(super) fn extent(&self, lba: u64, count: u64, kind: Stat) -> Result<(u64, u64), Fail> {
-        let (off, len) = self.range(lba, count, kind)?;
-        if len > MAX_DATA {
+    pub(super) fn extent(&self, lba: u64, count: u64, kind: Stat) -> Result<Place, Fail> {
+        let place = self.range(lba, count, kind)?;
+        if place.len > MAX_DATA {
             self.handle.invalid(kind);
             return Err(Sense::INVALID_FIELD.into());
         }
-        Ok((off, len))
+        Ok(place)
+    }
+
+    /// Does a request on the medium that a place was found on, and on no other: it may have waited
+    /// for a limit, or for the user.
+    pub(super) fn submit(&self, on: &Place, request: Request) -> Result<(), Fail> {
+        let read = matches!(request, Request::Read(..));
+        self.done(read, self.handle.submit_while(|| self.is_on(on), request, true))
+    }
+
+    /// The medium is still the one that the place was found on.
+    pub(super) fn is_on(&self, place: &Place) -> bool {
+        self.tray.as_ref().is_none_or(|t| t.moves() == place.moves)
     }
 
     /// What becomes of a request below.
@@ -305,9 +335,10 @@ impl Unit {
         if self.gone.load(Ordering::SeqCst) {
             return Err(Fail::Gone);
         }
-        // The user has just taken it out.
+        // The user has just taken it out, and perhaps put in another one: somebody else may have
+        // been told of that.
         if e.raw_os_error() == Some(libc::ENOMEDIUM) {
-            return Err(if self.tray_open() { Sense::TRAY_OPEN } else { Sense::NO_MEDIUM }.into());
+            return Err(self.reach().err().unwrap_or(Sense::MEDIUM_CHANGED.into()));
         }
         match self.handle.on_error(read, &e) {
             ErrorAction::Ignore => Ok(()),
@@ -328,10 +359,10 @@ impl Unit {
             no_protection(cdb)?;
         }
         let (lba, count) = cdb.blocks();
-        let (off, len) = self.extent(lba, count, Stat::Read)?;
-        let len = fits(len, input.len())?;
+        let on = self.extent(lba, count, Stat::Read)?;
+        let len = fits(on.len, input.len())?;
         if len > 0 {
-            self.done(true, self.handle.read(off, &mut input.slice(0, len)))?;
+            self.submit(&on, Request::Read(on.off, &mut input.slice(0, len)))?;
         }
         Ok(len)
     }

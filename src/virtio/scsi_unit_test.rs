@@ -1,7 +1,9 @@
 use super::super::scsi_testing::{Bench, LEN};
 use super::*;
 use crate::block::handle::OnError;
+use crate::block::throttle::{Group, Limit, Limits, Which};
 use crate::event::Event;
+use std::time::Duration;
 
 fn inquiry(page: u8) -> [u8; 6] {
     [0x12, 1, page, 1, 0, 0]
@@ -191,4 +193,30 @@ fn a_new_length_is_seen() {
     b.unit.look(511);
     assert_eq!(b.sense(&[0x25, 0, 0, 0, 0, 0, 0, 0, 0, 0], &[], 8), Sense::NOT_READY);
     assert_eq!(b.sense(&[0], &[], 0), Sense::NOT_READY);
+}
+
+#[test]
+fn what_was_meant_for_one_medium_does_not_reach_the_next() {
+    let b = Bench::new(UnitConfig { removable: true, ..UnitConfig::new(UnitKind::Disk) });
+    let group = Group::new("slow");
+    let mut limits = Limits::new(0);
+    limits.set(Which::BpsTotal, Limit { avg: 1, ..Limit::default() });
+    group.set_limits(limits);
+    b.unit.handle().throttle(Some(group.join()));
+    let write = |byte: u8| b.run(&[0x2a, 0, 0, 0, 0, 7, 0, 0, 1, 0], &[byte; 512], 0);
+    assert_eq!(write(1), Ok(vec![]), "the first need not wait");
+    let tray = b.unit.handle().tray().unwrap();
+    std::thread::scope(|s| {
+        // This one waits for minutes. (If it is late, it hears of the change before.)
+        let late = s.spawn(|| write(2));
+        std::thread::sleep(Duration::from_millis(100));
+        tray.set_open(true);
+        b.state.data.lock().unwrap().fill(0xcc);
+        tray.set_open(false);
+        b.unit.handle().throttle(None);
+        assert_eq!(late.join().unwrap(), Err(Sense::MEDIUM_CHANGED.into()));
+    });
+    assert_eq!(b.bytes(7 * 512, 512), [0xcc; 512]);
+    write(3).unwrap();
+    assert_eq!(b.bytes(7 * 512, 512), [3; 512]);
 }
