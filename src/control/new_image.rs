@@ -17,7 +17,7 @@ use crate::jobs::create::New;
 use crate::qapi::{Path, Wire};
 use crate::qcow2::create::{CreateOptions, Preallocation};
 use serde_json::{Value, json};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::sync::Arc;
 
 /// The backing file that a new image is to have.
@@ -43,9 +43,17 @@ pub fn touch(path: &str) -> std::io::Result<()> {
 /// Makes an image of `format` and `size` bytes in the file that `name` (a path, `json:{…}`) means.
 /// `node` is how it says that the file itself is at fault; texts are QEMU's.
 ///
+/// The file of a node of `known` is left alone, even one without locks.
+///
 /// # Errors
 /// `Unknown file format`, `Backing file not supported`, `Could not create 'PATH': …`.
-pub fn make(env: &Formats, name: &str, format: &str, size: u64, backing: Option<NewBacking>) -> Result<()> {
+pub fn make(
+    (known, env): (&Graph, &Formats),
+    name: &str,
+    format: &str,
+    size: u64,
+    backing: Option<NewBacking>,
+) -> Result<()> {
     let mut file = named(name)?;
     if !["qcow2", "raw"].contains(&format) {
         bail!("Unknown file format '{format}'");
@@ -55,7 +63,12 @@ pub fn make(env: &Formats, name: &str, format: &str, size: u64, backing: Option<
     }
     let path = file["filename"].as_str().unwrap_or(name).to_string();
     let says = |e: &std::io::Error| Error::new(format!("Could not create '{path}': {}", strerror(e)));
+    let user_of = |id: (u64, u64)| known.nodes().find(|n| n.driver.file_id() == Some(id));
     if file["driver"] == "file" {
+        let there = std::fs::metadata(&path).ok().map(|m| (m.dev(), m.ino()));
+        if backing.is_some() && there.and_then(user_of).is_some() {
+            bail!("Error: Trying to create an image with the same filename as the backing file");
+        }
         touch(&path).map_err(|e| says(&e))?;
     }
     file["node-name"] = "new".into();
@@ -64,6 +77,10 @@ pub fn make(env: &Formats, name: &str, format: &str, size: u64, backing: Option<
     let below = open::add(&mut graph, env, spec)?;
     let whole = HandleSpec { uses: Perm::WRITE | Perm::RESIZE, shares: Perm::NONE, ..Default::default() };
     let user = graph.attach(Some(below.clone()), whole)?;
+    if let Some(node) = below.driver.file_id().and_then(user_of) {
+        graph.close_all();
+        bail!("Could not create '{path}': it is the file of node '{}'", node.name);
+    }
     let new = match format {
         "raw" => New::File { file: user, size, preallocation: Preallocation::Off },
         _ => {

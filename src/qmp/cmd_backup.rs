@@ -136,7 +136,7 @@ pub(super) fn plan_drive(cx: &mut Cx, plan: &mut Plan, args: DriveBackup) -> Res
         let backing =
             backing.as_ref().map(|b| NewBacking { name: file_name(b), format: b.driver.name().to_string() });
         let env = Formats::new(&mut cx.vm.fds, &cx.vm.objects);
-        new_image::make(&env, &args.target, format, source.len(), backing)?;
+        new_image::make((&cx.vm.graph, &env), &args.target, format, source.len(), backing)?;
     }
     let chain = match args.common.sync {
         // The disk itself, not another look at its file.

@@ -192,7 +192,7 @@ fn drive_mirror(cx: &mut Cx, args: DriveMirror) -> Result<()> {
         let recorded =
             below.as_ref().map(|b| NewBacking { name: file_name(b), format: b.driver.name().to_string() });
         let env = Formats::new(&mut cx.vm.fds, &cx.vm.objects);
-        new_image::make(&env, &args.target, format, disk.root.len(), recorded)?;
+        new_image::make((&cx.vm.graph, &env), &args.target, format, disk.root.len(), recorded)?;
     }
     // What the target shows of its backing file is not its own: it gets that file in the end.
     let chain = (below.is_some() || new).then_some(Value::Null);

@@ -282,7 +282,7 @@ pub(super) fn plan_sync(cx: &mut Cx, plan: &mut Plan, args: BlockdevSnapshotSync
         NewImageMode::AbsolutePaths => {
             let backing = NewBacking { name: file_name(&node), format: node.driver.name().to_string() };
             let env = Formats::new(&mut cx.vm.fds, &cx.vm.objects);
-            new_image::make(&env, &args.file, format, node.len(), Some(backing))?;
+            new_image::make((&cx.vm.graph, &env), &args.file, format, node.len(), Some(backing))?;
         }
     }
     let name = args.name.as_deref();

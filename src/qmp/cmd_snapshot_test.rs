@@ -63,6 +63,12 @@ fn a_transaction_happens_as_a_whole_or_not_at_all() {
         json!({"type": "blockdev-snapshot-sync", "data": data})
     };
     let abort = json!({"type": "abort", "data": {}});
+    let grouped = json!({"actions": [sync("d0", "a")], "properties": {"completion-mode": "grouped"}});
+    let e = q.err("transaction", grouped);
+    assert_eq!(
+        e,
+        "Action 'blockdev-snapshot-sync' does not support transaction property completion-mode = grouped"
+    );
     q.ok("transaction", json!({"actions": []}));
     let nodes = count(&q);
     for (actions, want) in [
@@ -110,9 +116,22 @@ fn the_image_of_a_running_disk_is_not_overwritten() {
     say(&mut q, "qemu-io d0 \"write -q -P 1 0 64k\"");
     let before = std::fs::read(dir.path("d0.raw")).unwrap();
     let e = q.err("blockdev-snapshot-sync", json!({"device": "d0", "snapshot-file": dir.path("d0.raw")}));
-    assert!(e.contains("lock"), "{e}");
+    assert_eq!(e, "Error: Trying to create an image with the same filename as the backing file");
     assert_eq!(std::fs::read(dir.path("d0.raw")).unwrap(), before);
     assert_eq!(tops(&mut q), ["n0"]);
+    // Nor when there are no locks, and whatever the file is called.
+    let raw = dir.file("free.raw", 1 << 20);
+    std::os::unix::fs::symlink(&raw, dir.path("link")).unwrap();
+    let file = json!({"driver": "file", "filename": raw, "locking": "off"});
+    q.ok("blockdev-add", json!({"driver": "raw", "node-name": "free", "file": file}));
+    let snapshot = json!({"node-name": "free", "snapshot-file": dir.path("link"), "snapshot-node-name": "s"});
+    let e = q.err("blockdev-snapshot-sync", snapshot);
+    assert_eq!(e, "Error: Trying to create an image with the same filename as the backing file");
+    let mirror =
+        json!({"device": "d0", "job-id": "m", "target": dir.path("link"), "sync": "full", "format": "raw"});
+    let e = q.err("drive-mirror", mirror);
+    assert!(e.contains("link': it is the file of node '#block"), "{e}");
+    assert_eq!(std::fs::read(&raw).unwrap(), [0; 1 << 20]);
 }
 
 #[test]

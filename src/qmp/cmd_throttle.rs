@@ -109,7 +109,9 @@ fn block_set_io_throttle(cx: &mut Cx, args: BlockIOThrottle) -> Result<()> {
         return Ok(());
     }
     let own = if handle.name().is_empty() { path.unwrap_or_default() } else { handle.name().to_string() };
-    let wanted = args.group.unwrap_or(own);
+    // Without a word about it the drive stays in the group that it is in.
+    let present = || handle.throttled().map_or(own, |m| m.group().name.clone());
+    let wanted = args.group.unwrap_or_else(present);
     let objects = &cx.vm.objects;
     let known = objects.throttle_group(&wanted).or_else(|| cx.vm.graph.find_throttle_group(&wanted));
     let group = known.unwrap_or_else(|| Group::new(&wanted));

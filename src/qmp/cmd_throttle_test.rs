@@ -48,6 +48,8 @@ fn limits_are_set_shown_shared_and_taken_away() {
         "block_set_io_throttle",
         with(json!({"device": "d1", "iops_rd": 7, "iops_size": 4096, "group": "g"})),
     );
+    // Other limits, and no word about the group.
+    q.ok("block_set_io_throttle", with(json!({"device": "d1", "iops_rd": 7, "iops_size": 4096})));
     let shown = q.ok("query-block", json!({}));
     let (a, b) = (&shown[0]["inserted"], &shown[1]["inserted"]);
     assert_eq!(

@@ -136,9 +136,31 @@ fn transaction(
     properties: Option<TransactionProperties>,
 ) -> Result<()> {
     let mode = properties.and_then(|p| p.completion_mode).unwrap_or_default();
+    let grouped = mode == ActionCompletionMode::Grouped;
+    if let Some(name) = actions.iter().filter(|_| grouped).find_map(|a| without_job(&a.kind)) {
+        bail!("Action '{name}' does not support transaction property completion-mode = grouped");
+    }
     run(cx, |cx, plan| {
-        plan.grouped = mode == ActionCompletionMode::Grouped;
+        plan.grouped = grouped;
         actions.into_iter().try_for_each(|action| plan_action(cx, plan, action.kind))
+    })
+}
+
+/// The name of an action that starts no job, and is done when the transaction is.
+fn without_job(action: &TransactionActionKind) -> Option<&'static str> {
+    use TransactionActionKind as Kind;
+    Some(match action {
+        Kind::BlockdevBackup(_) | Kind::DriveBackup(_) => return None,
+        Kind::Abort(_) => "abort",
+        Kind::Snapshot(_) => "blockdev-snapshot",
+        Kind::Internal(_) => "blockdev-snapshot-internal-sync",
+        Kind::Sync(_) => "blockdev-snapshot-sync",
+        Kind::BitmapAdd(_) => "block-dirty-bitmap-add",
+        Kind::BitmapRemove(_) => "block-dirty-bitmap-remove",
+        Kind::BitmapClear(_) => "block-dirty-bitmap-clear",
+        Kind::BitmapEnable(_) => "block-dirty-bitmap-enable",
+        Kind::BitmapDisable(_) => "block-dirty-bitmap-disable",
+        Kind::BitmapMerge(_) => "block-dirty-bitmap-merge",
     })
 }
 
