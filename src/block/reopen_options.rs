@@ -204,18 +204,18 @@ impl Graph {
                         children.extend(inline.map(|c| (c.clone(), None, role == "backing")));
                         continue;
                     }
-                    let replaceable = role == "backing" || (role == "file" && can_change_file(&node));
                     let lost = || Error::new(format!("Cannot find device='' nor node-name='{name}'"));
                     let new = self.find(name).cloned().ok_or_else(lost)?;
                     if child.as_ref().is_some_and(|c| Arc::ptr_eq(&c.clone().skip_implicit(), &new)) {
                         continue;
                     }
-                    if !replaceable {
-                        bail!("Cannot change the option '{role}'");
-                    }
                     if super::edit::is_above(&new, &[&node]) {
                         let above = &node.name;
                         bail!("Making '{name}' a {role} child of '{above}' would create a cycle");
+                    }
+                    if !(role == "backing" || role == "file" && can_change_file(&node, child.as_ref(), &new))
+                    {
+                        bail!("Cannot change the option '{role}'");
                     }
                     edges.push((edge.clone(), Some(new)));
                 }
@@ -294,9 +294,13 @@ impl Graph {
     }
 }
 
-/// A filter is on what it is put on; a format has read what is in its file.
-fn can_change_file(node: &Node) -> bool {
-    node.driver.filtered().is_some() || node.driver.name() == "raw"
+/// A filter is on what it is put on; a format has read what is in its file, and must go on finding
+/// it there: filters come and go between the two.
+fn can_change_file(node: &Node, old: Option<&Arc<Node>>, new: &Arc<Node>) -> bool {
+    let file = new.clone().skip_filters();
+    node.driver.filtered().is_some()
+        || node.driver.name() == "raw"
+        || old.is_some_and(|old| Arc::ptr_eq(&old.clone().skip_filters(), &file))
 }
 
 #[cfg(test)]

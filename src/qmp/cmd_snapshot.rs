@@ -302,8 +302,9 @@ pub(super) fn plan_internal(cx: &mut Cx, plan: &mut Plan, args: BlockdevSnapshot
     if node.read_only() {
         bail!("Device '{device}' is read only");
     }
+    let format = node.driver.name();
+    let node = image_of(&node);
     let Some(internal) = node.driver.internal() else {
-        let format = node.driver.name();
         bail!("Block format '{format}' used by device '{device}' does not support internal snapshots");
     };
     if name.is_empty() {
@@ -325,6 +326,19 @@ pub(super) fn plan_internal(cx: &mut Cx, plan: &mut Plan, args: BlockdevSnapshot
     Ok(())
 }
 
+/// The image that keeps the snapshots of a disk: what a filter shows is that of the node below it,
+/// if it shows no other.
+fn image_of(disk: &Arc<Node>) -> Arc<Node> {
+    let mut image = disk.clone();
+    while image.driver.internal().is_none()
+        && image.driver.edges().len() == 1
+        && let Some(below) = image.filtered()
+    {
+        image = below;
+    }
+    image
+}
+
 fn list_error(e: &std::io::Error) -> Error {
     Error::new(format!("Failed to get a snapshot list: {}", strerror(e)))
 }
@@ -339,13 +353,14 @@ fn delete_internal(
     if id.is_none() && name.is_none() {
         bail!("Name or id must be provided");
     }
-    let Some(internal) = node.driver.internal() else {
+    let image = image_of(&node);
+    let Some(internal) = image.driver.internal() else {
         return Err(list_error(&std::io::Error::from_raw_os_error(libc::ENOTSUP)));
     };
     if node.read_only() {
         bail!("Device '{device}' is read only");
     }
-    let quiesced = cx.vm.graph.quiesce(&[&node], &[]);
+    let quiesced = cx.vm.graph.quiesce(&[&image], &[]);
     let gone = internal.delete_snapshot(id.as_deref(), name.as_deref());
     drop(quiesced);
     let (id, name) = (id.as_deref().unwrap_or("null"), name.as_deref().unwrap_or("null"));

@@ -195,3 +195,51 @@ fn a_disk_that_a_job_has_put_a_filter_on_is_busy() {
     }
     q.ok("blockdev-snapshot-sync", args);
 }
+
+#[test]
+fn filters_come_between_an_image_and_its_file_and_its_disk() {
+    let Some(img) = crate::block::testing::qemu("qemu-img") else { return };
+    let dir = Scratch::new("cmd-filters");
+    let path = dir.path("a.qcow2");
+    let made = std::process::Command::new(img).args(["create", "-q", "-f", "qcow2", &path, "16M"]).status();
+    assert!(made.unwrap().success());
+    let mut q = Qmp::new();
+    q.ok("object-add", json!({"qom-type": "throttle-group", "id": "g"}));
+    let file = json!({"driver": "file", "node-name": "f", "filename": path});
+    q.ok("blockdev-add", file);
+    let image = json!({"driver": "qcow2", "node-name": "i", "file": "f"});
+    q.ok("blockdev-add", image.clone());
+    let throttle = |name: &str, file: &str| json!({"driver": "throttle", "node-name": name, "throttle-group": "g", "file": file});
+    q.ok("blockdev-add", throttle("t", "i"));
+    q.ok("blockdev-add", json!({"driver": "copy-on-read", "node-name": "c", "file": "t"}));
+    say(&mut q, "qemu-io c \"write -q -P 1 0 64k\"");
+    // Internal snapshots of what the filters show are the image's.
+    q.ok("blockdev-snapshot-internal-sync", json!({"device": "c", "name": "s"}));
+    say(&mut q, "qemu-io c \"write -q -P 2 0 64k\"");
+    let i = q.vm.graph.find("i").unwrap().clone();
+    assert_eq!(i.driver.internal().unwrap().snapshots().unwrap().len(), 1);
+    let e = q.err("blockdev-snapshot-internal-sync", json!({"device": "c", "name": "s"}));
+    assert_eq!(e, "Snapshot with name 's' already exists on device 'c'");
+    assert_eq!(
+        q.ok("blockdev-snapshot-delete-internal-sync", json!({"device": "c", "name": "s"}))["name"],
+        "s"
+    );
+    // A limit between the image and its file, and away again; but no other file.
+    q.ok("blockdev-add", throttle("below", "f"));
+    let mut options = image;
+    for name in ["below", "f", "below"] {
+        options["file"] = json!(name);
+        q.ok("blockdev-reopen", json!({"options": [options]}));
+        assert_eq!(crate::block::filename::primary(&i).unwrap().name, name);
+        say(&mut q, "qemu-io c \"read -q -P 2 0 64k\"");
+        say(&mut q, "qemu-io c \"write -q -P 2 1M 64k\"");
+    }
+    q.ok("blockdev-add", json!({"driver": "file", "node-name": "other", "filename": dir.file("o", 1 << 20)}));
+    options["file"] = json!("other");
+    let e = q.err("blockdev-reopen", json!({"options": [options]}));
+    assert_eq!(e, "Cannot change the option 'file'");
+    for name in ["c", "t", "i", "below", "f", "other"] {
+        q.ok("blockdev-del", json!({"node-name": name}));
+    }
+    assert_eq!(count(&q), 0);
+}
