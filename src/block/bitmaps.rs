@@ -5,6 +5,7 @@
 //! changes the list has no write under way that saw the old one.
 
 use super::bitmap::{Bitmap, MAX_NAME, Refuse};
+use super::mutant::{Bug, Mutant};
 use super::node::Node;
 use crate::bail;
 use crate::error::Result;
@@ -170,7 +171,9 @@ impl Node {
                 let _list = self.bitmaps.write();
                 bitmap.set_enabled(child.enabled());
             }
-            bitmap.merge(&child);
+            if !Bug::here().is(Mutant::ForgetSuccessor) {
+                bitmap.merge(&child);
+            }
             bitmap.set_successor(None);
             self.remove_bitmap(&child);
         }

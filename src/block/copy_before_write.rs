@@ -17,6 +17,7 @@ use super::bitmap::Bitmap;
 use super::chain;
 use super::driver::{Driver, Flags, Perm};
 use super::filename::names;
+use super::mutant::{Bug, Mutant};
 use super::node::{Edge, Node, NodeOptions};
 use crate::error::Result;
 use crate::sys::buf::CopyBuf;
@@ -57,6 +58,7 @@ pub struct Copies {
     alone: bool,
     /// The copy is no more what the disk was.
     broken: AtomicBool,
+    bug: Bug,
 }
 
 /// What is being copied.
@@ -157,6 +159,9 @@ impl Copies {
             // whole clusters, wherever the caller began
             range.start &= !(self.options.cluster - 1);
             range.end = range.end.next_multiple_of(self.options.cluster).min(self.len);
+            if self.bug.is(Mutant::NoClaimWait) && !busy.ranges.is_empty() {
+                return None;
+            }
             let first = busy.ranges.iter().filter(|b| b.start < range.end && range.start < b.end);
             match first.map(|b| b.start).min() {
                 None => {
@@ -288,6 +293,7 @@ pub fn filter(
         freed: Condvar::new(),
         alone: chain::stands_alone(target),
         broken: AtomicBool::new(false),
+        bug: Bug::here(),
     });
     let driver = CopyBeforeWrite { copies: copies.clone(), name: name.to_string() };
     let node = Node::new(name, Box::new(driver), node);
@@ -310,6 +316,10 @@ impl CopyBeforeWrite {
             return Ok(());
         }
         let end = off.saturating_add(len).min(copies.len);
+        let (off, end) = match copies.bug.is(Mutant::PartialCluster) {
+            true => (off.next_multiple_of(copies.cluster()), end & !(copies.cluster() - 1)),
+            false => (off, end),
+        };
         // A look without the lock is enough: bits are only cleared, and that after the copy.
         if off >= end || copies.to_copy.next_dirty(off, end, u64::MAX).is_none() {
             return Ok(());
@@ -356,6 +366,10 @@ impl Driver for CopyBeforeWrite {
     }
 
     fn write(&self, off: u64, from: &Iov, flags: Flags) -> io::Result<()> {
+        if self.copies.bug.is(Mutant::CopyAfterWrite) {
+            self.source().need()?.write(off, from, flags)?;
+            return self.before(off, from.len() as u64);
+        }
         self.before(off, from.len() as u64)?;
         self.source().need()?.write(off, from, flags)
     }

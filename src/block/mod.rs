@@ -28,6 +28,7 @@ pub mod gate;
 pub mod graph;
 pub mod handle;
 pub mod medium;
+pub mod mutant;
 pub mod node;
 mod node_options;
 pub mod null;

@@ -15,6 +15,7 @@ use crate::block::copy_before_write::{self as cbw, Copied, Copies, CopyError, Co
 use crate::block::driver::{ExtentKind, Perm};
 use crate::block::graph::Graph;
 use crate::block::handle::{Handle, OnError};
+use crate::block::mutant::{Bug, Mutant};
 use crate::block::node::{Node, NodeOptions};
 use crate::error::{Error, Result};
 use std::sync::Arc;
@@ -87,6 +88,7 @@ pub struct Backup {
     policies: (OnError, OnError),
     /// How much there is to copy, in bytes.
     total: u64,
+    bug: Bug,
 }
 
 impl Backup {
@@ -119,11 +121,14 @@ impl Backup {
         // No write is under way now, and none begins: this is the disk that the copy will be.
         let quiesced = graph.quiesce(&[source], &[]);
         let mut total = copies.left();
+        let bug = Bug::here();
         let done = (|| {
             let synced = match &spec.bitmap {
                 None => None,
                 Some((bitmap, mode)) => {
-                    source.create_successor(bitmap)?;
+                    if !bug.is(Mutant::LateFreeze) {
+                        source.create_successor(bitmap)?;
+                    }
                     Some(Synced { node: source.clone(), bitmap: bitmap.clone(), mode: *mode })
                 }
             };
@@ -145,7 +150,9 @@ impl Backup {
         let handle = attach(graph, &filter, Perm::CONSISTENT_READ, Perm::ALL);
         let policies = (spec.on_source_error, spec.on_target_error);
         match handle {
-            Ok(handle) => Ok(Backup { sync: spec.sync, copies, filter, handle, bitmap, policies, total }),
+            Ok(handle) => {
+                Ok(Backup { sync: spec.sync, copies, filter, handle, bitmap, policies, total, bug })
+            }
             Err(e) => {
                 if let Some(s) = bitmap {
                     s.node.reclaim_bitmap(&s.bitmap);
@@ -240,6 +247,9 @@ fn remove(graph: &mut Graph, filter: &Arc<Node>) {
 
 impl Work for Backup {
     fn run(&mut self, cx: &JobCtx) -> Result<(), Stop> {
+        if let (true, Some(s)) = (self.bug.is(Mutant::LateFreeze), &self.bitmap) {
+            s.node.create_successor(&s.bitmap)?;
+        }
         if self.sync == Sync::None {
             loop {
                 self.check()?;

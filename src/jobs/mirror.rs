@@ -26,6 +26,7 @@ use crate::block::chain;
 use crate::block::driver::{Flags, Perm};
 use crate::block::graph::Graph;
 use crate::block::handle::{Handle, OnError};
+use crate::block::mutant::{Bug, Mutant};
 use crate::block::node::Node;
 use crate::error::{Error, Result, strerror};
 use crate::sys::buf::AlignedBuf;
@@ -130,6 +131,7 @@ pub struct Mirror {
     synced: Arc<AtomicBool>,
     /// The target has a backing file that is not there yet.
     bare: bool,
+    bug: Bug,
 }
 
 impl Mirror {
@@ -159,6 +161,7 @@ impl Mirror {
             turn_back,
             synced: Arc::default(),
             bare,
+            bug: Bug::here(),
         };
         match mirror.begin(graph) {
             Ok(()) => Ok(mirror),
@@ -318,11 +321,17 @@ impl Mirror {
         let mut buf = self.buf.take().unwrap_or_else(|| self.new_buf());
         let done = self.inside(|source, target| {
             // The ticket first, then the turn.
-            let _turn = self.both.turns.enter(range.start, range.end, true);
+            let turn = self.both.turns.enter(range.start, range.end, true);
+            let _turn = (!self.bug.is(Mutant::NoTurn)).then_some(turn);
             // Before its data are read: a write that comes later marks it again.
-            self.dirty.clear(range.start, range.end - range.start);
+            if !self.bug.is(Mutant::ClearAfterRead) {
+                self.dirty.clear(range.start, range.end - range.start);
+            }
             let done = self.copy(source, target, &range, &mut buf);
-            if done.is_err() {
+            if self.bug.is(Mutant::ClearAfterRead) {
+                self.dirty.clear(range.start, range.end - range.start);
+            }
+            if done.is_err() && !self.bug.is(Mutant::NoRemark) {
                 self.dirty.mark(range.start, range.end - range.start);
             }
             Ok(done)
@@ -351,9 +360,13 @@ impl Mirror {
     /// The last step, with nothing dirty: true when it was done, and the guest stays held.
     fn last_step(&mut self, cx: &JobCtx) -> Result<bool, Stop> {
         let own = self.handles()?;
+        if self.bug.is(Mutant::NoDrain) {
+            self.both.set_mode(Mode::Background);
+            return Ok(true);
+        }
         // What was written for long is flushed for long: not while the guest waits.
         let begun = Instant::now();
-        if let Err(e) = own[2].flush() {
+        if let Err(e) = self.flush(&own[2]) {
             self.failed(cx, Failed::Target(e))?;
             return Ok(false);
         }
@@ -370,7 +383,7 @@ impl Mirror {
             done += (cx.get_progress().offset - before).max(4096);
         }
         if self.dirty.count() == 0 {
-            match own[2].flush() {
+            match self.flush(&own[2]) {
                 Ok(()) if cx.confirm_hold() => return Ok(true),
                 Ok(()) => {}
                 Err(e) => {
@@ -381,6 +394,10 @@ impl Mirror {
         }
         cx.release_guest();
         Ok(false)
+    }
+
+    fn flush(&self, target: &Handle) -> io::Result<()> {
+        if self.bug.is(Mutant::NoFlush) { Ok(()) } else { target.flush() }
     }
 
     /// Nothing, or little enough, is dirty, or the guest is too fast to wait for that.
@@ -465,6 +482,9 @@ impl Work for Mirror {
         let quiesced = graph.quiesce(&[&source, &from, &target], &[&above, &src, &dst]);
         let wrong = |e: io::Error| Error::new(strerror(&e));
         // Nothing, unless the job had to wait, and a write of the guest failed on the target meanwhile.
+        if self.bug.is(Mutant::NoDrain) {
+            self.dirty.clear_all();
+        }
         if self.dirty.count() > LITTLE {
             let e = self.both.take_error();
             return Err(wrong(e.unwrap_or_else(|| io::Error::from_raw_os_error(libc::EIO))));
@@ -472,7 +492,7 @@ impl Work for Mirror {
         while let Some((_, done)) = self.take_and_copy(0, PIECE).map_err(wrong)? {
             done.map_err(|(Failed::Source(e) | Failed::Target(e))| wrong(e))?;
         }
-        dst.flush().map_err(wrong)?;
+        self.flush(&dst).map_err(wrong)?;
         // The target's new users do with it what they like; it stays open till they have it.
         graph.detach(&src);
         self.src = None;
@@ -574,4 +594,4 @@ pub fn default_granularity(target: &Node) -> u32 {
 
 #[cfg(test)]
 #[path = "mirror_test.rs"]
-mod tests;
+pub(in crate::jobs) mod tests;

@@ -94,7 +94,7 @@ fn guests_that_are_faster_than_the_target_cannot_keep_a_mirror_from_its_end() {
     let written = Arc::new(AtomicU64::new(0));
     let sum = written.clone();
     *copy.hook.lock().unwrap() = Some(Arc::new(move |at, _, len| {
-        if at == At::Write && std::thread::current().name().is_some_and(|n| n.starts_with("job")) {
+        if at == At::Write && std::thread::current().name().is_some_and(|n| n.starts_with("job-")) {
             sum.fetch_add(len, SeqCst);
             std::thread::sleep(Duration::from_millis(2));
         }

@@ -18,6 +18,7 @@ use crate::block::chain;
 use crate::block::driver::{Driver, ExtentKind, Flags, Perm};
 use crate::block::filename::names;
 use crate::block::graph::Graph;
+use crate::block::mutant::{Bug, Mutant};
 use crate::block::node::{Edge, Node, NodeOptions};
 use crate::block::serial::Serial;
 use crate::error::Result;
@@ -56,6 +57,7 @@ pub struct Both {
     mode: AtomicU8,
     /// Why a write of the guest did not reach the target, until the job has asked.
     failed: Mutex<Option<io::Error>>,
+    bug: Bug,
 }
 
 impl Both {
@@ -68,6 +70,7 @@ impl Both {
             turns: Serial::default(),
             mode: AtomicU8::new(mode as u8),
             failed: Mutex::default(),
+            bug: Bug::here(),
         })
     }
 
@@ -164,18 +167,19 @@ pub fn insert(
         }
         None => graph.auto_name(),
     };
-    // The filter marks it: as a bitmap of a node it is only shown.
-    dirty.set_enabled(false);
     let file = Edge::new("file", None);
     let commit = both.commit;
     let filter = MirrorTop { file, dirty: dirty.clone(), both };
     let options = NodeOptions { read_only: source.read_only(), implicit, ..NodeOptions::default() };
     let node = Node::new(name, Box::new(filter), options);
-    node.insert_bitmap(dirty.clone())?;
     if commit {
-        // A writer that goes past the filter cannot be kept out: others must share everything.
-        dirty.set_enabled(true);
+        // A writer that goes past the filter cannot be kept out: others must share everything. Not the
+        // filter's as well, or what it has copied would be marked after that.
         source.insert_bitmap(dirty.clone())?;
+    } else {
+        // The filter marks it: as a bitmap of a node it is only shown.
+        dirty.set_enabled(false);
+        node.insert_bitmap(dirty.clone())?;
     }
     let done = graph.insert_filter(&node, source);
     if done.is_err() {
@@ -262,6 +266,10 @@ impl Driver for MirrorTop {
             let same = AlignedBuf::copy(from);
             let write = |n: &Node| n.write(off, &Iov::from_slice(&same[..len]), flags);
             return self.both(off, len as u64, write);
+        }
+        if self.both.bug.is(Mutant::MarkBeforeData) {
+            self.dirty.mark(off, from.len() as u64);
+            return self.file.need()?.write(off, from, flags);
         }
         let done = self.file.need()?.write(off, from, flags);
         self.after(off, from.len() as u64, done)

@@ -21,6 +21,8 @@ pub mod table;
 mod txn;
 
 #[cfg(test)]
+mod mutant_test;
+#[cfg(test)]
 mod stress_test;
 #[cfg(test)]
 mod testing;

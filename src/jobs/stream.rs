@@ -11,6 +11,7 @@ use super::layers::{Found, below, find};
 use crate::block::driver::{ExtentKind, Perm};
 use crate::block::graph::Graph;
 use crate::block::handle::{Handle, OnError};
+use crate::block::mutant::{Bug, Mutant};
 use crate::block::node::Node;
 use crate::error::{Error, Result, strerror};
 use std::io;
@@ -41,6 +42,7 @@ pub struct Stream {
     handle: Option<Arc<Handle>>,
     /// The image was read-only before.
     turn_back: bool,
+    bug: Bug,
 }
 
 impl Stream {
@@ -48,7 +50,7 @@ impl Stream {
     pub fn new(graph: &mut Graph, plan: Plan) -> Result<Stream> {
         let turn_back = plan.top.read_only();
         let top = plan.top.clone();
-        let mut stream = Stream { plan, handle: None, turn_back };
+        let mut stream = Stream { plan, handle: None, turn_back, bug: Bug::here() };
         let uses = Perm::CONSISTENT_READ | Perm::WRITE_UNCHANGED;
         let attached = graph.set_read_only(&top, false);
         match attached.and_then(|()| attach(graph, &top, uses, uses | Perm::WRITE)) {
@@ -78,7 +80,7 @@ impl Stream {
                     top.populate(off, n, false)?;
                     Ok((n, n))
                 }
-                Found::Zero if based => {
+                Found::Zero if based && !self.bug.is(Mutant::NoZeroes) => {
                     // They hide what the new backing file has there.
                     let n = n.min(1 << 30);
                     top.populate(off, n, true)?;

@@ -122,7 +122,8 @@ impl Desk {
 
     fn start(&mut self, kind: Kind, nodes: &[Arc<Node>], work: Box<dyn super::job::Work>) -> JobKey {
         let speed = if self.rng.below(4) == 0 { 1 << 20 } else { 0 };
-        let spec = Spec { speed, ..Spec::new("job", kind) };
+        let auto_finalize = self.rng.below(3) > 0;
+        let spec = Spec { speed, auto_finalize, ..Spec::new("job", kind) };
         let nodes: Vec<_> = nodes.iter().collect();
         let key = self.jobs.create(spec, &self.events.clone(), &nodes, || Ok(work)).unwrap();
         self.jobs.start(&mut self.graph, key);
@@ -165,6 +166,11 @@ impl Desk {
     fn commit_active(&mut self, disk: &Handle) -> JobKey {
         let chain: Vec<_> = layers::chain(disk.node().unwrap()).collect();
         let base = 1 + self.rng.below(chain.len() as u64 - 1) as usize;
+        let work = self.active_commit(&chain, base);
+        self.start(Kind::Commit, &chain, work)
+    }
+
+    fn active_commit(&mut self, chain: &[Arc<Node>], base: usize) -> Box<dyn super::job::Work> {
         let plan = mirror::Plan {
             source: chain[0].clone(),
             target: chain[base].clone(),
@@ -180,8 +186,7 @@ impl Desk {
             on_target_error: OnError::Report,
             filter: None,
         };
-        let work = Box::new(Mirror::new(&mut self.graph, plan).unwrap());
-        self.start(Kind::Commit, &chain, work)
+        Box::new(Mirror::new(&mut self.graph, plan).unwrap())
     }
 
     /// To a new image, which the guest is switched over to when the job is completed.
@@ -246,6 +251,15 @@ impl Desk {
         loop {
             self.turn();
             let Some(job) = self.jobs.query().into_iter().next() else { break };
+            if job.status == Status::Pending {
+                // Guests go on meanwhile.
+                std::thread::sleep(Duration::from_micros(self.rng.below(5000)));
+                match self.rng.below(5) {
+                    0 => self.jobs.cancel_block(&mut self.graph, key, false).unwrap(),
+                    _ => self.jobs.finalize(&mut self.graph, key).unwrap(),
+                }
+                continue;
+            }
             let active = matches!(job.status, Status::Running | Status::Ready);
             if active && cancel_at.is_some_and(|at| begun.elapsed() > at) && !told {
                 let force = self.rng.below(2) == 0;
@@ -260,7 +274,7 @@ impl Desk {
                 while Instant::now() < until {
                     self.turn();
                 }
-                if self.jobs.query().iter().any(|j| j.paused) {
+                if self.jobs.query().iter().any(|j| j.paused && !j.status.is_completed()) {
                     self.jobs.resume(key).unwrap();
                 }
             } else if active && self.rng.below(300) == 0 {
@@ -368,7 +382,14 @@ fn missing(counts: &std::collections::BTreeMap<String, u32>) -> Option<&'static 
 fn guests_never_see_what_jobs_do() {
     let seed = seed();
     eprintln!("SEED={seed}");
-    let mut desk = Desk::new("jobs-stress", seed);
+    let counts = stress(seed, Duration::from_secs(seconds()), true);
+    assert_eq!(missing(&counts), None);
+}
+
+/// What jobs did how often. `all`: goes on until each kind of them has ended well.
+pub(super) fn stress(seed: u64, time: Duration, all: bool) -> std::collections::BTreeMap<String, u32> {
+    static RUNS: AtomicU64 = AtomicU64::new(0);
+    let mut desk = Desk::new(&format!("jobs-stress-{}", RUNS.fetch_add(1, SeqCst)), seed);
     let disk = desk.short_chain();
     let mut whole = vec![0xee; SIZE as usize];
     disk.read(0, &mut IovMut::from_slice(&mut whole)).unwrap();
@@ -392,10 +413,11 @@ fn guests_never_see_what_jobs_do() {
             .collect();
         // A failure here must let the guests end.
         let control = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            let end = Instant::now() + Duration::from_secs(seconds());
+            let end = Instant::now() + time;
             // However slow the machine is, each kind of job has to end well once.
             let last = end + Duration::from_secs(120);
-            while Instant::now() < end || (missing(&counts).is_some() && Instant::now() < last) {
+            let more = |counts: &_| all && missing(counts).is_some() && Instant::now() < last;
+            while (Instant::now() < end || more(&counts)) && !guests.iter().any(|g| g.is_finished()) {
                 let depth = layers::chain(disk.node().unwrap()).count();
                 let what = desk.rng.below(if depth > 6 { 5 } else { 8 });
                 let (name, key) = match what {
@@ -440,11 +462,10 @@ fn guests_never_see_what_jobs_do() {
         }
     });
     eprintln!("{} requests; {counts:?}", requests.load(SeqCst));
-    assert_eq!(missing(&counts), None);
     disk.read(0, &mut IovMut::from_slice(&mut whole)).unwrap();
     let images: Vec<_> = layers::chain(disk.node().unwrap()).map(|n| name_of(&n)).collect();
     desk.graph.close_all();
-    let Some(tool) = qemu("qemu-img") else { return };
+    let Some(tool) = qemu("qemu-img") else { return counts };
     for image in &images {
         let out = std::process::Command::new(&tool).args(["check", "-q", image]).output().unwrap();
         assert!(out.status.success(), "{image}: {}", String::from_utf8_lossy(&out.stderr));
@@ -454,12 +475,58 @@ fn guests_never_see_what_jobs_do() {
         std::process::Command::new(&tool).args(["convert", "-O", "raw", &images[0], &raw]).status().unwrap();
     assert!(done.success());
     assert!(std::fs::read(&raw).unwrap() == whole, "qemu-img reads something else");
+    counts
+}
+
+#[test]
+fn an_active_commit_that_waits_to_be_finalized_leaves_nothing_to_copy() {
+    let mut desk = Desk::new("jobs-commit-waits", seed());
+    let disk = desk.short_chain();
+    let chain: Vec<_> = layers::chain(disk.node().unwrap()).collect();
+    let work = desk.active_commit(&chain, 2);
+    let spec = Spec { auto_finalize: false, ..Spec::new("job", Kind::Commit) };
+    let nodes: Vec<_> = chain.iter().collect();
+    let key = desk.jobs.create(spec, &desk.events.clone(), &nodes, || Ok(work)).unwrap();
+    desk.jobs.start(&mut desk.graph, key);
+    let until = |desk: &mut Desk, status| {
+        let start = Instant::now();
+        while desk.jobs.query().first().is_some_and(|j| j.status != status) {
+            assert!(start.elapsed() < Duration::from_secs(60), "{:?}", desk.jobs.query());
+            desk.turn();
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    };
+    until(&mut desk, Status::Ready);
+    desk.jobs.complete(key).unwrap();
+    until(&mut desk, Status::Pending);
+    for slot in 0..SIZE / SLOT {
+        disk.write(slot * SLOT, &Iov::from_slice(&[slot as u8; SLOT as usize]), Flags::NONE).unwrap();
+    }
+    disk.zero(5000, 100_000, Flags::MAY_UNMAP).unwrap();
+    disk.discard(0, SIZE / 2).unwrap();
+    let left: u64 = chain[0].bitmaps().iter().map(|b| b.count()).sum();
+    assert_eq!(left, 0, "bytes are left to be copied while the guest waits");
+    let mut before = vec![0; SIZE as usize];
+    disk.read(0, &mut IovMut::from_slice(&mut before)).unwrap();
+    desk.jobs.finalize(&mut desk.graph, key).unwrap();
+    until(&mut desk, Status::Null);
+    assert!(Arc::ptr_eq(&disk.node().unwrap(), &chain[2]));
+    let mut after = vec![0; SIZE as usize];
+    disk.read(0, &mut IovMut::from_slice(&mut after)).unwrap();
+    assert!(before == after);
 }
 
 #[test]
 fn a_short_image_hides_what_lies_below_it() {
-    for job in 0..3 {
-        let mut desk = Desk::new(&format!("jobs-short-{job}"), seed());
+    (0..3).for_each(short);
+}
+
+/// A stream (0), a commit (1) or a stream of everything (2) with a short image between long ones.
+pub(super) fn short(job: u32) {
+    {
+        static RUNS: AtomicU64 = AtomicU64::new(0);
+        let run = RUNS.fetch_add(1, SeqCst);
+        let mut desk = Desk::new(&format!("jobs-short-{run}"), seed());
         let disk = desk.short_chain();
         let look = || {
             let mut whole = vec![0xee; SIZE as usize];
