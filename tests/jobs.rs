@@ -256,3 +256,31 @@ fn a_cancelled_job_ends_at_once_whatever_its_speed() {
         check(&vm.path(""), "top");
     }
 }
+
+/// QEMU 2.8 called it `buf_size`, in `blockdev-mirror` only.
+#[test]
+fn the_buffer_of_a_mirror_has_two_names() {
+    let mut vm = Vm::start("[machine]\naccel = \"none\"\nmemory = \"16M\"\n");
+    let mut qmp = vm.qmp();
+    for name in ["a", "b"] {
+        qmp.ok("blockdev-add", json!({"driver": "null-co", "node-name": name, "size": MIB}));
+    }
+    let args = |members: &[(&str, i64)]| {
+        let mut args = json!({"device": "a", "target": "b", "sync": "full", "job-id": "j"});
+        members.iter().for_each(|(name, size)| args[*name] = json!(size));
+        args
+    };
+    let both = qmp.execute("blockdev-mirror", args(&[("buf-size", 65536), ("buf_size", 65536)])).unwrap_err();
+    assert_eq!(both["desc"], "'buf-size' and 'buf_size' cannot be specified at the same time");
+    for name in ["buf-size", "buf_size"] {
+        let bad = qmp.execute("blockdev-mirror", args(&[(name, -1)])).unwrap_err();
+        assert_eq!(bad["desc"], "Invalid parameter 'buf-size'");
+        qmp.ok("blockdev-mirror", args(&[(name, 65536)]));
+        event(&mut qmp, "BLOCK_JOB_READY");
+        qmp.ok("block-job-cancel", json!({"device": "j"}));
+        event(&mut qmp, "BLOCK_JOB_COMPLETED");
+        status(&mut qmp, "null");
+    }
+    qmp.ok("quit", json!({}));
+    vm.wait_exit(0);
+}

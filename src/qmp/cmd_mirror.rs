@@ -93,6 +93,8 @@ wire_struct! {
         target: String,
         /// What both commands have.
         common: Flat<MirrorCommon>,
+        /// The same as `buf-size`, under its name of before QEMU 2.9.
+        "buf_size" old_buf_size: Option<i64>,
         /// The name of the filter above the disk.
         "filter-node-name" filter_node_name: Option<String>,
     }
@@ -212,7 +214,12 @@ fn drive_mirror(cx: &mut Cx, args: DriveMirror) -> Result<()> {
     done
 }
 
-fn blockdev_mirror(cx: &mut Cx, args: BlockdevMirror) -> Result<()> {
+fn blockdev_mirror(cx: &mut Cx, mut args: BlockdevMirror) -> Result<()> {
+    if let Some(size) = args.old_buf_size
+        && args.common.0.buf_size.replace(size).is_some()
+    {
+        bail!("'buf-size' and 'buf_size' cannot be specified at the same time");
+    }
     let disk = disk(cx, &args.job.device)?;
     let node = find_node(cx, Some(&args.target), Some(&args.target))?;
     let sync = sync_of(&args.common, &disk)?;
