@@ -5,7 +5,9 @@
 //! On a machine that does other things as well, start, fleet and qmp are best run in a real-time class
 //! (`chrt -f 10 just bench start fleet qmp`): else they measure the others.
 //!
-//!     cargo bench --bench bench -- [start|memory|fleet|qmp|disk|qcow2|jobs|nbd] … [rounds=N]
+//! `only=TEXT` of nbd: the rows of images whose names have the text (`raw`, `direct`).
+//!
+//!     cargo bench --bench bench -- [start|memory|fleet|qmp|disk|qcow2|jobs|nbd] … [rounds=N] [only=TEXT]
 
 mod disk;
 mod fleet;
@@ -24,10 +26,16 @@ fn main() {
     {
         return qmp::echo_server(socket);
     }
+    if let [role, socket, image, direct] = args.as_slice()
+        && role == "nbd-floor"
+    {
+        return nbd::floor_server(socket, image, direct == "true");
+    }
     let rounds =
         args.iter().find_map(|a| a.strip_prefix("rounds=")).map_or(30, |n| n.parse().expect("rounds=N"));
     let names: Vec<&str> = args.iter().map(String::as_str).filter(|a| !a.contains('=')).collect();
-    let bench = util::Bench::new(rounds);
+    let only = args.iter().find_map(|a| a.strip_prefix("only=")).unwrap_or_default();
+    let bench = util::Bench::new(rounds, only.into());
     for (name, run) in [
         ("start", start::run as fn(&util::Bench)),
         ("memory", memory::run),

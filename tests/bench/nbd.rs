@@ -1,17 +1,28 @@
-//! The NBD server beside qemu-storage-daemon, on the same images: requests per second, and the daemon's CPU per request, from a
-//! small client of ours that is the same for both: it keeps so many requests under way on one connection, with structured
-//! replies, as today's clients do. Its own work is a part of both sides' time, which draws the ratios towards 1.
+//! The NBD server beside qemu-storage-daemon: requests per second, and the daemon's CPU per request, from a small client of ours
+//! that is the same for both: it keeps so many requests under way on one connection, with structured replies, as today's clients
+//! do. Its own work is a part of both sides' time, which draws the ratios towards 1.
+//!
+//! Both daemons run from the start, each on an image of its own, made the same way. A load is given to them in turn, a short slice
+//! each, A B B A, so that both see the same machine; printed are the medians of the slices. The page cache holds both images
+//! whole, in pages of 4 KiB, in the rows called cached, and nothing of them in the rows called direct. Before a slice that writes
+//! both images are synced: what is measured is the write, not the disk's write-back of the slice before.
+//!
+//! At depth 1 there is a third side, the floor: a loop of recv, pread or pwrite, and sendmsg, without options, checks, errors,
+//! formats or threads. Its CPU is what the kernel takes for the least that a server can do.
 
 use crate::util::{Bench, median, report};
-use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
+use std::fs::File;
+use std::io::{IoSlice, Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 const SIZE: u64 = 256 << 20;
-/// Of one measurement.
-const TIME: Duration = Duration::from_millis(700);
+/// Of one slice.
+const TIME: Duration = Duration::from_millis(200);
 
 fn be32(b: &[u8]) -> u32 {
     u32::from_be_bytes(b[..4].try_into().expect("four bytes"))
@@ -25,7 +36,8 @@ struct Client {
 }
 
 impl Client {
-    fn connect(path: &Path) -> Client {
+    /// `hello`: with a handshake, which the floor has not.
+    fn connect(path: &Path, hello: bool) -> Client {
         let start = Instant::now();
         let stream = loop {
             match UnixStream::connect(path) {
@@ -35,6 +47,9 @@ impl Client {
             std::thread::sleep(Duration::from_millis(5));
         };
         let mut c = Client { stream, buf: vec![0; 256 << 10], at: 0, end: 0 };
+        if !hello {
+            return c;
+        }
         c.skip(18);
         let option = |n: u32, data: &[u8]| {
             [&b"IHAVEOPT"[..], &n.to_be_bytes(), &(data.len() as u32).to_be_bytes(), data].concat()
@@ -76,14 +91,6 @@ impl Client {
             self.take(part);
             n -= part;
         }
-    }
-
-    fn read_once(&mut self) {
-        let mut request = 0x2560_9513u32.to_be_bytes().to_vec();
-        request.extend([0; 20]);
-        request.extend(4096u32.to_be_bytes());
-        self.stream.write_all(&request).expect("send");
-        self.reply();
     }
 
     /// The next reply to end.
@@ -155,50 +162,108 @@ fn drive(c: &mut Client, load: Load) -> (f64, u64) {
     (rate, done + load.depth as u64)
 }
 
-/// Seconds of CPU that the process has used, all its threads' together.
+/// Seconds of CPU that all threads of the process have used, also those that are gone.
 fn cpu(pid: u32) -> f64 {
-    let mut total = 0.0;
-    for task in std::fs::read_dir(format!("/proc/{pid}/task")).expect("task").flatten() {
-        if let Ok(s) = std::fs::read_to_string(task.path().join("schedstat")) {
-            total += s.split(' ').next().and_then(|n| n.parse::<f64>().ok()).unwrap_or(0.0) / 1e9;
-        }
-    }
-    total
+    let (mut clock, mut time) = (0, libc::timespec { tv_sec: 0, tv_nsec: 0 });
+    // SAFETY: each call writes the one value it is given.
+    let rc =
+        unsafe { libc::clock_getcpuclockid(pid as i32, &mut clock) + libc::clock_gettime(clock, &mut time) };
+    assert_eq!(rc, 0, "the CPU time of process {pid}");
+    time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
 }
 
-struct Daemon {
+/// A server, a connection to it, and its image.
+struct Side {
     child: Child,
-    socket: PathBuf,
+    client: Client,
+    image: File,
+    /// Of each slice: requests per second, microseconds of the server's CPU per request.
+    seen: Vec<(f64, f64)>,
 }
 
-impl Daemon {
-    fn start(mut command: Command, socket: &Path) -> Daemon {
+impl Side {
+    fn start(mut command: Command, socket: &Path, image: &Path, hello: bool) -> Side {
         let _ = std::fs::remove_file(socket);
         let child = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().expect("spawn");
-        Daemon { child, socket: socket.to_path_buf() }
+        let client = Client::connect(socket, hello);
+        Side { child, client, image: File::open(image).expect("image"), seen: vec![] }
     }
 
-    /// (requests per second, microseconds of the daemon's CPU per request)
-    fn measure(&self, load: Load) -> (f64, f64) {
-        let mut client = Client::connect(&self.socket);
-        // Warm: threads are started, caches filled.
-        for _ in 0..200 {
-            client.read_once();
+    fn slice(&mut self, load: Load) {
+        if load.write {
+            self.image.sync_all().expect("sync");
         }
         let before = cpu(self.child.id());
-        let (rate, done) = drive(&mut client, load);
-        (rate, (cpu(self.child.id()) - before) / done as f64 * 1e6)
+        let (rate, done) = drive(&mut self.client, load);
+        self.seen.push((rate, (cpu(self.child.id()) - before) / done as f64 * 1e6));
+    }
+
+    /// The medians of the slices, but for the first, which warms up.
+    fn medians(&mut self) -> (f64, f64) {
+        let seen = self.seen.split_off(1);
+        self.seen.clear();
+        let pick = |f: fn(&(f64, f64)) -> f64| median(&mut seen.iter().map(f).collect::<Vec<_>>());
+        (pick(|s| s.0), pick(|s| s.1))
     }
 }
 
-impl Drop for Daemon {
+impl Drop for Side {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
-fn ours(b: &Bench, image: &Path, format: &str, direct: bool) -> Daemon {
+/// The floor's process: serves one client on the raw image at `path`, without a handshake.
+pub fn floor_server(socket: &str, path: &str, direct: bool) {
+    let flags = if direct { libc::O_DIRECT } else { 0 };
+    let file = File::options().read(true).write(true).custom_flags(flags).open(path).expect("image");
+    let (mut stream, _) = UnixListener::bind(socket).expect("bind").accept().expect("accept");
+    let mut memory = vec![0; 3 * 4096];
+    let start = memory.as_ptr().align_offset(4096);
+    // A page to receive a request, which ends where the page of its data begins.
+    let memory = &mut memory[start..start + 2 * 4096];
+    loop {
+        let (mut got, mut len) = (0, 28);
+        while got < len {
+            match stream.read(&mut memory[4096 - 28 + got..]) {
+                Ok(0) | Err(_) => return,
+                Ok(n) => got += n,
+            }
+            len = if memory[4096 - 28 + 7] == 1 { 28 + 4096 } else { 28 };
+        }
+        let head: [u8; 28] = memory[4096 - 28..4096].try_into().expect("28 bytes");
+        let offset = u64::from_be_bytes(head[16..24].try_into().expect("8 bytes"));
+        let (reply, sent);
+        if head[7] == 1 {
+            file.write_all_at(&memory[4096..], offset).expect("write");
+            reply = [&0x6744_6698u32.to_be_bytes()[..], &[0; 4], &head[8..16]].concat();
+            sent = stream.write(&reply);
+        } else {
+            file.read_exact_at(&mut memory[4096..], offset).expect("read");
+            let len = 8 + 4096u32;
+            reply = [
+                &0x668e_33efu32.to_be_bytes()[..],
+                &[0, 1, 0, 1],
+                &head[8..16],
+                &len.to_be_bytes(),
+                &head[16..24],
+            ]
+            .concat();
+            sent = stream.write_vectored(&[IoSlice::new(&reply), IoSlice::new(&memory[4096..])]);
+        }
+        assert!(sent.is_ok_and(|n| n == reply.len() + if head[7] == 1 { 0 } else { 4096 }), "a short send");
+    }
+}
+
+fn floor(b: &Bench, image: &Path, direct: bool) -> Side {
+    let socket = b.dir.join("nbd-floor");
+    let mut c = Command::new(std::env::current_exe().expect("this program"));
+    c.arg("nbd-floor").arg(&socket).arg(image).arg(direct.to_string());
+    Side::start(c, &socket, image, false)
+}
+
+fn ours(b: &Bench, image: &Path, format: &str, direct: bool) -> Side {
     let socket = b.dir.join("nbd-ours");
     let config = b.config(
         "nbd.toml",
@@ -210,10 +275,10 @@ fn ours(b: &Bench, image: &Path, format: &str, direct: bool) -> Daemon {
              [[export]]\ntype = \"nbd\"\nid = \"e\"\nname = \"e\"\nnode-name = \"d\"\nwritable = true\n"
         ),
     );
-    Daemon::start(b.minivmm(&config), &socket)
+    Side::start(b.minivmm(&config), &socket, image, true)
 }
 
-fn theirs(b: &Bench, image: &Path, format: &str, direct: bool) -> Daemon {
+fn theirs(b: &Bench, image: &Path, format: &str, direct: bool) -> Side {
     let socket = b.dir.join("nbd-theirs");
     let (cache, aio) = if direct { ("on", "native") } else { ("off", "threads") };
     let mut c = Command::new("qemu-storage-daemon");
@@ -222,7 +287,27 @@ fn theirs(b: &Bench, image: &Path, format: &str, direct: bool) -> Daemon {
     c.args(["--blockdev", &format!("driver={format},node-name=d,file=f,cache.direct={cache}")]);
     c.args(["--nbd-server", &format!("addr.type=unix,addr.path={}", socket.display())]);
     c.args(["--export", "type=nbd,id=e,node-name=d,name=e,writable=on"]);
-    Daemon::start(c, &socket)
+    Side::start(c, &socket, image, true)
+}
+
+/// An image, all of it data: what is measured are reads of data and writes in place.
+fn make(b: &Bench, format: &str, whose: &str, direct: bool) -> PathBuf {
+    let image = b.dir.join(format!("nbd-{whose}.{format}"));
+    let size = SIZE.to_string();
+    let made = Command::new("qemu-img").args(["create", "-q", "-f", format]).arg(&image).arg(&size).status();
+    assert!(made.is_ok_and(|s| s.success()), "qemu-img");
+    let fill = format!("write -q -P 7 0 {size}");
+    let filled = Command::new("qemu-io").args(["-f", format, "-c", &fill]).arg(&image).status();
+    assert!(filled.is_ok_and(|s| s.success()), "qemu-io");
+    let file = File::open(&image).expect("image");
+    file.sync_all().expect("sync");
+    if direct {
+        // SAFETY: a hint about an open descriptor.
+        unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+    } else {
+        crate::qcow2::small_pages(&file);
+    }
+    image
 }
 
 pub fn run(b: &Bench) {
@@ -232,16 +317,16 @@ pub fn run(b: &Bench) {
         return;
     }
     for format in ["raw", "qcow2"] {
-        let image = b.dir.join(format!("nbd.{format}"));
-        let size = SIZE.to_string();
-        let made =
-            Command::new("qemu-img").args(["create", "-q", "-f", format]).arg(&image).arg(&size).status();
-        assert!(made.is_ok_and(|s| s.success()), "qemu-img");
-        // All of it has data: what is measured are reads of data and writes in place.
-        let fill = format!("write -q -P 7 0 {size}");
-        let filled = Command::new("qemu-io").args(["-f", format, "-c", &fill]).arg(&image).status();
-        assert!(filled.is_ok_and(|s| s.success()), "qemu-io");
         for direct in [false, true] {
+            let name = format!("{format} {}", if direct { "direct" } else { "cached" });
+            if !b.wants(&name) {
+                continue;
+            }
+            let mut sides = vec![
+                ours(b, &make(b, format, "ours", direct), format, direct),
+                theirs(b, &make(b, format, "theirs", direct), format, direct),
+            ];
+            sides.push(floor(b, &make(b, "raw", "floor", direct), direct));
             for (what, write, bytes, depth) in [
                 ("read 4 KiB", false, 4096, 1),
                 ("read 4 KiB", false, 4096, 32),
@@ -251,27 +336,24 @@ pub fn run(b: &Bench) {
                 ("write 1 MiB", true, 1 << 20, 4),
             ] {
                 let load = Load { write, bytes, random: bytes == 4096, depth };
-                let (mut a, mut z) = (vec![], vec![]);
-                for _ in 0..3.min(b.rounds) {
-                    a.push(ours(b, &image, format, direct).measure(load));
-                    z.push(theirs(b, &image, format, direct).measure(load));
+                let used = if depth == 1 { 3 } else { 2 };
+                for round in 0..=b.rounds.min(10) {
+                    for n in 0..used {
+                        let n = if round % 2 == 0 { n } else { used - 1 - n };
+                        sides[n].slice(load);
+                    }
                 }
-                let pick = |v: &[(f64, f64)], f: fn(&(f64, f64)) -> f64| {
-                    median(&mut v.iter().map(f).collect::<Vec<_>>())
-                };
-                let cached = if direct { "direct" } else { "cached" };
-                let what = format!("{format} {cached} {what} depth {depth}");
+                let all: Vec<_> = sides[..used].iter_mut().map(Side::medians).collect();
+                let (a, z) = (all[0], all[1]);
                 let goal = if direct { "(goal ≥ 1.0)" } else { "(goal ≥ 1.5)" };
-                report(
-                    &what,
-                    "kIO/s",
-                    pick(&a, |r| r.0 / 1e3),
-                    "qemu-storage-d",
-                    pick(&z, |r| r.0 / 1e3),
-                    goal,
-                );
+                let what = format!("{name} {what} depth {depth}");
+                report(&what, "kIO/s", a.0 / 1e3, "qemu-storage-d", z.0 / 1e3, goal);
                 let goal = if depth == 1 { "(goal ≤ 0.5)" } else { "" };
-                report("  CPU a request", "µs", pick(&a, |r| r.1), "qemu-storage-d", pick(&z, |r| r.1), goal);
+                report("  CPU a request", "µs", a.1, "qemu-storage-d", z.1, goal);
+                if let Some(f) = all.get(2) {
+                    report("  beside the floor", "kIO/s", a.0 / 1e3, "floor", f.0 / 1e3, "");
+                    report("  CPU a request", "µs", a.1, "floor", f.1, "");
+                }
             }
         }
     }

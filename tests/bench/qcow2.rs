@@ -94,7 +94,7 @@ fn qemu_img(args: &[&str], path: &Path) -> bool {
 
 /// Lets the page cache hold the file in pages of 4 KiB: how large those are that writing it left there is chance, and a
 /// small write to a large one takes the kernel up to twenty times as long.
-fn small_pages(file: &std::fs::File) {
+pub fn small_pages(file: &std::fs::File) {
     let mut block = [0; 4096];
     // SAFETY: the descriptor is open, and both calls are hints.
     unsafe {

@@ -7,13 +7,15 @@ use std::process::{Command, Stdio};
 /// The programs under test and a scratch directory that goes away.
 pub struct Bench {
     pub rounds: usize,
+    /// Rows whose names have this are wanted.
+    only: String,
     pub dir: PathBuf,
     pub floor: PathBuf,
     pub qemu: bool,
 }
 
 impl Bench {
-    pub fn new(rounds: usize) -> Bench {
+    pub fn new(rounds: usize, only: String) -> Bench {
         let dir = std::env::temp_dir().join(format!("minivmm-bench-{}", std::process::id()));
         fs::create_dir_all(&dir).expect("scratch directory");
         let floor = dir.join("floor");
@@ -24,7 +26,12 @@ impl Bench {
         if !qemu {
             println!("(no qemu-system-x86_64: its columns are left out)");
         }
-        Bench { rounds, dir, floor, qemu }
+        Bench { rounds, only, dir, floor, qemu }
+    }
+
+    /// Whether rows of that name were asked for (`only=TEXT`).
+    pub fn wants(&self, name: &str) -> bool {
+        name.contains(&self.only)
     }
 
     /// A config of `text` in the scratch directory.
