@@ -12,12 +12,13 @@
 //!
 //! TLS is left out: a client that asks for it is told so, and who needs it puts a tunnel in front.
 //!
-//! Lock order: `registry → export's lines`; `link`; `client's send → its state`; `receive → send → (ticket and below)`. The control
-//! thread takes the first two only.
+//! Lock order: `registry → export's lines`; `link`; `client's send → its state`; `send → (ticket and below)`; the
+//! crew's list, a hand's. The control thread takes the first two only.
 //!
 //! [`Handle`]: crate::block::handle::Handle
 
 mod client;
+mod crew;
 pub mod driver;
 pub mod export;
 mod handshake;

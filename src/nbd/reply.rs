@@ -15,8 +15,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 /// Bytes that each thread's buffer may have without asking.
 pub const BUFFER: usize = 128 << 10;
-/// Bytes that it may have if the server's budget allows; longer requests are done in pieces.
-const LARGE: usize = 1 << 20;
+/// Bytes that it may have if the server's budget allows: a huge page. Longer requests are done in
+/// pieces.
+const LARGE: usize = 2 << 20;
 /// What data are aligned to: enough for O_DIRECT.
 const ALIGN: usize = 4096;
 
@@ -44,7 +45,10 @@ impl Buffer {
     /// Room for `len` bytes at once, or for as many as there can be, when nothing waits in it.
     fn grow(&mut self, len: usize) {
         debug_assert!(self.used == 0);
-        let wanted = len.next_power_of_two().clamp(BUFFER, LARGE);
+        let wanted = match len.checked_next_power_of_two() {
+            Some(n) if n < LARGE / 2 => n.max(BUFFER),
+            _ => LARGE,
+        };
         if self.data.len() >= wanted {
             return;
         }
@@ -60,8 +64,13 @@ impl Buffer {
             Err(_) => wanted.min(BUFFER.max(self.data.len())),
         };
         if size > self.data.len() {
-            self.data = AlignedBuf::new(size, ALIGN);
+            self.data = if size == LARGE { AlignedBuf::huge(size) } else { AlignedBuf::new(size, ALIGN) };
         }
+    }
+
+    /// One as small as at first, of the same budget.
+    pub fn another(&self) -> Buffer {
+        Buffer::new(self.budget.clone())
     }
 
     /// The bytes of a range that [`Outbox::room`] gave.
@@ -110,6 +119,14 @@ impl Head {
 impl<'a> Outbox<'a> {
     pub fn new(line: &'a Line, send: &'a Mutex<()>, buffer: Buffer) -> Outbox<'a> {
         Outbox { line, send, buffer, waiting: Vec::new() }
+    }
+
+    /// The buffer, whose place an empty one takes. Replies that could not be sent are forgotten.
+    pub fn take_buffer(&mut self) -> Buffer {
+        self.waiting.clear();
+        self.buffer.used = 0;
+        let empty = self.buffer.another();
+        std::mem::replace(&mut self.buffer, empty)
     }
 
     /// A place for up to `len` > 0 bytes of data, aligned; at most as long as the buffer can be.

@@ -1,17 +1,17 @@
 //! The transmission phase: a client's requests, done.
 //!
-//! One thread at a time receives (it holds `receive`). As long as requests are quick, it also does
-//! them itself, one after the other, and sends their replies together: no request changes threads,
-//! and a batch costs two system calls. When a request was slow and others had to wait for it, the
-//! thread that has received a request lets another one receive before it does the request, for as
-//! long as eight times the delay; threads are started when there is nobody to receive. A thread waits
-//! for a slow disk, then, but the connection does not.
+//! One thread receives. As long as requests are quick, it also does them itself, one after the
+//! other, and sends their replies together: no request changes threads, and a batch costs two system
+//! calls. When a request was slow and others had to wait for it, those that come are given to other
+//! threads ([`Crew`]), each to one, for as long as they are slow and several are under way: a thread
+//! waits for a slow disk, then, but the connection does not.
 //!
 //! Memory: a receive buffer per connection, a data buffer per thread ([`Outbox`]); longer requests
 //! are done in pieces. Never: trusts a number of the client's before it is checked. Threads: the
-//! connection's. Locks: `receive`, then `send`; with the latter in hand data may be read from the
-//! disk (a reply too long for the buffer), never with a ticket in hand.
+//! connection's. Locks: `send`; with it in hand data may be read from the disk (a reply too long for
+//! the buffer), never with a ticket in hand.
 
+use super::crew::{Crew, Hand};
 use super::export::{Context, Export, Line, Member};
 use super::handshake::Session;
 use super::listener::{House, Place};
@@ -23,15 +23,17 @@ use crate::sys::iov::{Iov, IovMut};
 use crate::sys::thread;
 use std::io;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-/// Threads of a connection.
+/// Threads of a connection beside the one that receives.
 const WORKERS: usize = 32;
 /// Bytes that are received at a time, beyond long payloads.
 const RECEIVE: usize = 64 << 10;
-/// A request that takes longer is slow.
+/// A request that takes longer is slow: more than a copy takes, with a busy machine allowed for.
 const SLOW: Duration = Duration::from_micros(100);
+/// The same where nothing is copied, but all comes from a disk.
+const SLOW_DIRECT: Duration = Duration::from_micros(20);
 /// A read that is so long is looked at for holes before.
 const LOOK_FOR_HOLES: u32 = 64 << 10;
 /// Bytes that one discard or zero request does with one ticket.
@@ -43,11 +45,8 @@ struct Link {
     export: Arc<Export>,
     structured: bool,
     contexts: Vec<(u32, Context)>,
-    receive: Mutex<Receiver>,
     send: Mutex<()>,
-    /// Threads that wait for `receive`.
-    waiting: AtomicUsize,
-    workers: AtomicUsize,
+    crew: Crew<Job>,
     born: Instant,
     /// Until when requests are taken to be slow: nanoseconds after `born`.
     slow_until: AtomicU64,
@@ -70,21 +69,33 @@ pub(super) fn run(session: Session, line: Arc<Line>, place: Place) {
         export: session.member.export.clone(),
         structured: session.structured,
         contexts: session.contexts,
-        receive: Mutex::new(Receiver::new()),
         send: Mutex::new(()),
-        waiting: AtomicUsize::new(0),
-        workers: AtomicUsize::new(1),
+        crew: Crew::new(WORKERS),
         born: Instant::now(),
         slow_until: AtomicU64::new(0),
         house: place.house().clone(),
         _member: session.member,
         _place: place,
     });
-    work(&link);
+    let _end = End(&link);
+    let mut out = Outbox::new(&link.line, &link.send, Buffer::new(link.house.clone()));
+    if let Err(e) = link.receive_all(&mut out) {
+        // It has left without a word, or what it sends makes no sense.
+        log::debug!("NBD: a client's connection ends: {e}");
+        link.line.cut();
+    }
 }
 
-fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
-    m.lock().unwrap_or_else(PoisonError::into_inner)
+/// Nobody receives any more, however that came about: the others finish what they have in hand.
+struct End<'a>(&'a Link);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.line.cut();
+        }
+        self.0.crew.end();
+    }
 }
 
 /// What has been received and not been looked at.
@@ -92,14 +103,13 @@ struct Receiver {
     buf: Vec<u8>,
     at: usize,
     end: usize,
-    over: bool,
     /// The last request had a long payload: the next one's had better go where it belongs.
     brief: bool,
 }
 
 impl Receiver {
     fn new() -> Receiver {
-        Receiver { buf: vec![0; RECEIVE], at: 0, end: 0, over: false, brief: false }
+        Receiver { buf: vec![0; RECEIVE], at: 0, end: 0, brief: false }
     }
 
     fn has(&self, len: usize) -> bool {
@@ -156,36 +166,22 @@ impl Drop for Fuse<'_> {
     }
 }
 
-/// A thread of the connection.
-fn work(link: &Arc<Link>) {
+/// A thread that does what it is given.
+fn work(link: &Link, hand: &Arc<Hand<Job>>) {
     let _fuse = Fuse(&link.line);
-    let mut out = Outbox::new(&link.line, &link.send, Buffer::new(link.house.clone()));
+    let Some((mut job, buffer)) = hand.take() else { return };
+    let mut out = Outbox::new(&link.line, &link.send, buffer);
     loop {
-        link.waiting.fetch_add(1, Ordering::Relaxed);
-        let mut rx = lock(&link.receive);
-        link.waiting.fetch_sub(1, Ordering::Relaxed);
-        if rx.over {
-            return;
+        let start = link.now();
+        if let Err(e) = link.perform(&job, &mut out).and_then(|()| out.flush()) {
+            log::debug!("NBD: a client's replies cannot be sent: {e}");
+            link.line.cut();
         }
-        match link.turn(&mut rx, &mut out) {
-            Ok(Some(request)) => {
-                drop(rx);
-                link.relieve();
-                if let Err(e) = link.perform(&request, &mut out).and_then(|()| out.flush()) {
-                    log::debug!("NBD: a client's replies cannot be sent: {e}");
-                    return link.line.cut();
-                }
-            }
-            other => {
-                // The client has left, or what it sends makes no sense. Others finish what they
-                // have in hand.
-                rx.over = true;
-                if let Err(e) = other {
-                    log::debug!("NBD: a client's connection ends: {e}");
-                    link.line.cut();
-                }
-                return;
-            }
+        link.took(start, || link.crew.is_busy());
+        let buffer = out.take_buffer();
+        match link.crew.next(hand, buffer) {
+            Some(next) => (job, out.buffer) = next,
+            None => return,
         }
     }
 }
@@ -202,26 +198,30 @@ impl Link {
         self.born.elapsed().as_nanos() as u64
     }
 
-    /// Somebody else must receive now: wakes or starts a thread.
-    fn relieve(self: &Arc<Self>) {
-        if self.waiting.load(Ordering::Relaxed) > 0 {
-            return;
-        }
-        let one_more = |n| (n < WORKERS).then_some(n + 1);
-        if self.workers.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more).is_err() {
-            return;
-        }
-        let own = self.clone();
-        if let Err(e) = thread::spawn("nbd-worker", thread::IO_STACK, move || work(&own)) {
-            // Those that are there can do it all, only not at once.
-            log::debug!("NBD: no thread for a connection: {e}");
-            self.workers.fetch_sub(1, Ordering::Relaxed);
+    /// A request that began at `start` has been done. If it was slow, and others wait meanwhile,
+    /// the next ones are taken to be slow, too, for eight times as long.
+    fn took(&self, start: u64, others: impl FnOnce() -> bool) {
+        let end = self.now();
+        let took = end - start;
+        let limit = if self.export.direct { SLOW_DIRECT } else { SLOW };
+        if took > limit.as_nanos() as u64 && others() {
+            self.slow_until.fetch_max(end + 8 * took, Ordering::Relaxed);
         }
     }
 
-    /// A turn as the one who receives. Ends with a request that is to be done while somebody else
-    /// receives, or with `None` when the client has said good-bye.
-    fn turn(&self, rx: &mut Receiver, out: &mut Outbox) -> io::Result<Option<Job>> {
+    /// Gives a request away. It comes back when there is nobody for it.
+    fn give(self: &Arc<Self>, job: Job, out: &mut Outbox) -> Result<(), Job> {
+        self.crew.give(job, &mut out.buffer, |hand| {
+            let own = self.clone();
+            let hired = thread::spawn("nbd-worker", thread::IO_STACK, move || work(&own, &hand));
+            // Those that are there can do it all, only not at once.
+            hired.inspect_err(|e| log::debug!("NBD: no thread for a connection: {e}")).is_ok()
+        })
+    }
+
+    /// Receives until the client has said good-bye.
+    fn receive_all(self: &Arc<Self>, out: &mut Outbox) -> io::Result<()> {
+        let mut rx = Receiver::new();
         let mut oldest: Option<u64> = None;
         let mut batch = 0;
         loop {
@@ -236,8 +236,7 @@ impl Link {
             };
             batch += 1;
             if request.kind == cmd::DISC {
-                out.flush()?;
-                return Ok(None);
+                return out.flush();
             }
             let start = self.now();
             let mut slow = start < self.slow_until.load(Ordering::Relaxed);
@@ -246,20 +245,31 @@ impl Link {
                 oldest = None;
                 slow = rx.has(1) || rx.more(&self.line, false)?;
             }
-            if let Some(job) = self.receive(rx, request, out, slow)? {
-                if slow {
-                    out.flush()?;
-                    return Ok(Some(job));
+            let mut todo = self.receive(&mut rx, request, out, slow)?;
+            if slow && let Some(job) = todo.take() {
+                out.flush()?;
+                oldest = None;
+                match self.give(job, out) {
+                    Ok(()) => continue,
+                    Err(job) => todo = Some(job),
                 }
+            }
+            if let Some(job) = todo {
                 self.perform(&job, out)?;
             }
-            let end = self.now();
-            let took = end - start;
-            if took > SLOW.as_nanos() as u64 && (rx.has(1) || rx.more(&self.line, false)?) {
-                self.slow_until.store(end + 8 * took, Ordering::Relaxed);
+            let mut trouble = None;
+            self.took(start, || {
+                rx.has(1)
+                    || rx.more(&self.line, false).unwrap_or_else(|e| {
+                        trouble = Some(e);
+                        false
+                    })
+            });
+            if let Some(e) = trouble {
+                return Err(e);
             }
             // Nobody waits long for a reply that could be sent.
-            if end - *oldest.get_or_insert(start) > SLOW.as_nanos() as u64 {
+            if self.now() - *oldest.get_or_insert(start) > SLOW.as_nanos() as u64 {
                 out.flush()?;
                 oldest = None;
             }

@@ -215,6 +215,34 @@ fn slow_requests_are_done_side_by_side() {
     rig.wait_empty();
 }
 
+/// Payloads travel with their requests, whoever does those, and whatever size buffers have by then.
+#[test]
+fn slow_writes_of_all_lengths_keep_their_payloads() {
+    let rig = rig("payloads", true);
+    let mut c = Raw::go(&rig.path(), false, &[]);
+    rig.delay.store(3, Ordering::SeqCst);
+    let lens = [1u32, 4096, 70_000, 200_000, 1 << 20, 3 << 20, 512, 65536];
+    for round in 0..12u8 {
+        let mut at = 0;
+        let mut model = vec![0; 8 << 20];
+        model.copy_from_slice(&expected(&rig, 0, 8 << 20));
+        let mut requests = Vec::new();
+        for n in 0..lens.len() {
+            let len = lens[(n + usize::from(round)) % lens.len()];
+            let bytes: Vec<u8> = (0..len).map(|i| (i >> 4) as u8 ^ (n as u8) << 4 ^ round).collect();
+            requests.extend(Request { flags: 0, kind: cmd::WRITE, cookie: 77, offset: at, len }.bytes());
+            requests.extend(&bytes);
+            model[at as usize..at as usize + len as usize].copy_from_slice(&bytes);
+            at += u64::from(len) + 7;
+        }
+        c.send(&requests);
+        (0..lens.len()).for_each(|_| assert_eq!(c.simple(), 0));
+        assert!(expected(&rig, 0, 8 << 20) == model, "round {round}");
+    }
+    drop(c);
+    rig.wait_empty();
+}
+
 #[test]
 fn a_client_that_does_not_read_holds_up_nobody() {
     let mut rig = rig("stuck", true);

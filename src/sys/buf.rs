@@ -27,12 +27,15 @@ unsafe impl Send for AlignedBuf {}
 unsafe impl Sync for AlignedBuf {}
 
 impl AlignedBuf {
-    /// `len` zero bytes (at least one is allocated) at a multiple of `align`.
+    /// `len` zero bytes at a multiple of `align`; of none nothing is allocated.
     ///
     /// # Panics
     /// When `align` is no power of two, or `len` is beyond `isize::MAX`: errors in the caller.
     pub fn new(len: usize, align: usize) -> AlignedBuf {
-        let layout = Layout::from_size_align(len.max(1), align).expect("a power of two");
+        let layout = Layout::from_size_align(len, align).expect("a power of two");
+        if len == 0 {
+            return AlignedBuf { ptr: NonNull::dangling(), layout, len };
+        }
         // SAFETY: the layout's size is at least 1.
         let ptr = unsafe { alloc_zeroed(layout) };
         match NonNull::new(ptr) {
@@ -71,7 +74,7 @@ impl AlignedBuf {
 impl Deref for AlignedBuf {
     type Target = [u8];
     fn deref(&self) -> &[u8] {
-        // SAFETY: allocated with at least this size, initialised with zeroes.
+        // SAFETY: allocated with at least this size, initialised with zeroes; or dangling, of no bytes.
         unsafe { std::slice::from_raw_parts(self.ptr.as_ptr(), self.len) }
     }
 }
@@ -85,8 +88,10 @@ impl DerefMut for AlignedBuf {
 
 impl Drop for AlignedBuf {
     fn drop(&mut self) {
-        // SAFETY: allocated with this layout in `new`, freed once.
-        unsafe { dealloc(self.ptr.as_ptr(), self.layout) }
+        if self.layout.size() > 0 {
+            // SAFETY: allocated with this layout in `new`, freed once.
+            unsafe { dealloc(self.ptr.as_ptr(), self.layout) }
+        }
     }
 }
 
@@ -160,6 +165,7 @@ mod tests {
             assert!(b.iter().all(|&x| x == 0));
             b.fill(7);
             assert!(b.iter().all(|&x| x == 7));
+            assert_eq!(AlignedBuf::new(0, align).len(), 0);
         }
     }
 

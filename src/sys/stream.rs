@@ -12,6 +12,9 @@ use std::mem;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+/// Bytes that a Unix socket holds for its reader, if the system's limit lets it: by default it is less
+/// than a long request or reply, and who sends one sleeps and wakes several times for it.
+const SEND_BUFFER: i32 = 2 << 20;
 /// Pieces that one system call takes (the kernel's limit is 1024).
 const PIECES: usize = 1000;
 
@@ -24,10 +27,12 @@ impl Stream {
     pub fn new(fd: OwnedFd) -> io::Result<Stream> {
         unix::set_nonblocking(fd.as_fd(), false)?;
         let stream = Stream(fd);
+        // Without these it works as well, only slower, and a dead peer is noticed later.
         if unix::kind(stream.0.as_fd()) == unix::Kind::Socket {
-            // Without these it works as well, only slower, and a dead peer is noticed later.
             let _ = stream.option(libc::IPPROTO_TCP, libc::TCP_NODELAY, &1i32);
             let _ = stream.option(libc::SOL_SOCKET, libc::SO_KEEPALIVE, &1i32);
+        } else {
+            let _ = stream.option(libc::SOL_SOCKET, libc::SO_SNDBUF, &SEND_BUFFER);
         }
         Ok(stream)
     }
