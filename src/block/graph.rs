@@ -13,6 +13,7 @@ use super::handle::{Handle, HandleSpec};
 use super::node::{Edge, Node};
 use super::perm::{self, Hold};
 use super::throttle::{Group, Member};
+use super::yank::Yanks;
 use crate::bail;
 use crate::error::{Error, Result};
 use crate::event::Events;
@@ -45,6 +46,7 @@ pub struct Graph {
     ages: u64,
     /// Where drivers post what the control thread is to know.
     events: Option<Events>,
+    yanks: Yanks,
 }
 
 /// Who is directly above a node.
@@ -98,6 +100,11 @@ impl Graph {
     /// Where drivers post their events.
     pub fn events(&self) -> Option<&Events> {
         self.events.as_ref()
+    }
+
+    /// The nodes that can hang.
+    pub fn yanks(&self) -> &Yanks {
+        &self.yanks
     }
 
     // ---- names and topology

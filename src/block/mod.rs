@@ -46,3 +46,4 @@ pub mod testing;
 pub mod throttle;
 pub mod timed;
 pub mod tray;
+pub mod yank;

@@ -17,6 +17,7 @@ use super::graph::Graph;
 use super::node::{DetectZeroes, Edge, Node, NodeOptions};
 use super::perm;
 use super::throttle::Group;
+use super::yank::Yanks;
 use crate::bail;
 use crate::error::{Error, Result};
 use crate::event::Events;
@@ -281,6 +282,11 @@ impl Opening<'_> {
     /// Where the driver can post what the control thread is to know.
     pub fn events(&self) -> Option<Events> {
         self.graph.events().cloned()
+    }
+
+    /// Where a driver enters that can hang.
+    pub fn yanks(&self) -> Yanks {
+        self.graph.yanks().clone()
     }
 
     /// A descriptor of an fd set.

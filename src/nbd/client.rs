@@ -14,7 +14,7 @@ use super::proto::*;
 use crate::sys::iov::{Iov, IovMut};
 use crate::sys::stream::Stream;
 use std::io;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// Requests under way at a time; more wait.
@@ -38,7 +38,7 @@ pub(super) enum Want<'a, 'b> {
 }
 
 pub(super) struct Client {
-    stream: Stream,
+    stream: Arc<Stream>,
     /// What the server said when it was connected.
     pub found: Found,
     send: Mutex<()>,
@@ -199,7 +199,7 @@ impl Progress {
 
 impl Client {
     /// A connection whose handshake found this.
-    pub fn new(stream: Stream, found: Found) -> Client {
+    pub fn new(stream: Arc<Stream>, found: Found) -> Client {
         let receiver = Receiver { buf: vec![0; RECEIVE], at: 0, end: 0 };
         let slots = (0..SLOTS).map(|_| Slot::default()).collect();
         Client {

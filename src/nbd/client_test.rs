@@ -17,7 +17,7 @@ fn pair(structured: bool) -> (Arc<Client>, UnixStream) {
         preferred: 4096,
         max_payload: MAX_PAYLOAD,
     };
-    (Arc::new(Client::new(Stream::new(ours.into()).unwrap(), found)), theirs)
+    (Arc::new(Client::new(Arc::new(Stream::new(ours.into()).unwrap()), found)), theirs)
 }
 
 fn read(client: &Client, at: u64, to: &mut [u8]) -> Result<io::Result<()>, Broken> {

@@ -2,9 +2,12 @@
 //!
 //! Owns: the connection, and what becomes of it: when it breaks, requests wait up to
 //! `reconnect-delay` seconds for a new one and are sent again; after that, and without a delay at
-//! once, they fail with EIO, and every later request tries again, once a second at most. Never:
-//! holds up the end of the process ([`Driver::give_up`]). Threads: I/O from any; whoever finds the
-//! connection gone makes the new one, the others wait. Locks: `link`, for moments, a leaf.
+//! once, they fail with EIO, and every later request tries again, once a second at most. A server
+//! that is there but does not answer is waited for, however long: only it knows what has become of a
+//! request. Who does not want to wait pulls the node ([`yank`](crate::block::yank)): the connection
+//! is cut, and there is no other. Never: holds up the end of the process ([`Driver::give_up`]).
+//! Threads: I/O from any; whoever finds the connection gone makes the new one, the others wait; any
+//! pulls. Locks: `link`, for moments, a leaf.
 
 use super::client::{Broken, Client, Want};
 use super::hello::{Found, hello};
@@ -13,6 +16,7 @@ use super::uri::Location;
 use crate::bail;
 use crate::block::driver::{Driver, Extent, ExtentKind, Flags, Limits};
 use crate::block::open::{Open, Opening};
+use crate::block::yank::Yankable;
 use crate::error::{Error, Result};
 use crate::sys::address::{SocketAddress, SocketAddressType};
 use crate::sys::iov::{Iov, IovMut};
@@ -100,9 +104,15 @@ impl Open for NbdPlan {
             context: o.dirty_bitmap.clone().unwrap_or_else(|| "base:allocation".into()),
         };
         let last = Instant::now() + Duration::from_secs(o.open_timeout.unwrap_or(0).into());
+        let link = Arc::new(Shared::default());
+        let own = link.clone();
+        let yankable = cx.yanks().enter(cx.name(), move || own.cut());
         let client = loop {
-            match place.connect(last.max(Instant::now() + HANDSHAKE)) {
+            match place.connect(&link, last.max(Instant::now() + HANDSHAKE)) {
                 Ok(client) => break client,
+                Err(_) if link.hurry.load(Ordering::Acquire) => {
+                    bail!("NBD server {}: yanked before there was a connection", place.server)
+                }
                 Err(e) if Instant::now() + RETRY >= last => return Err(e),
                 Err(_) => std::thread::sleep(RETRY),
             }
@@ -119,21 +129,20 @@ impl Open for NbdPlan {
             }
             cx.options.read_only = true;
         }
+        let mut own = link.lock();
+        if link.hurry.load(Ordering::Acquire) {
+            client.leave();
+            bail!("NBD server {}: yanked when it was connected", place.server);
+        }
+        own.client = Some(Arc::new(client));
+        drop(own);
         Ok(Box::new(Nbd {
             place,
             found,
             dirty: o.dirty_bitmap,
             delay: Duration::from_secs(o.reconnect_delay.unwrap_or(0).into()),
-            link: Arc::new(Shared {
-                link: Mutex::new(Link {
-                    client: Some(Arc::new(client)),
-                    lost: None,
-                    tried: None,
-                    trying: false,
-                }),
-                changed: Condvar::new(),
-                hurry: AtomicBool::new(false),
-            }),
+            link,
+            yankable: Mutex::new(Some(yankable)),
         }))
     }
 }
@@ -146,10 +155,17 @@ struct Place {
 }
 
 impl Place {
-    fn connect(&self, deadline: Instant) -> Result<Client> {
-        let stream = Stream::new(self.server.connect(deadline)?)?;
-        let found = hello(&stream, &self.export, &self.context, deadline)?;
-        Ok(Client::new(stream, found))
+    fn connect(&self, link: &Shared, deadline: Instant) -> Result<Client> {
+        let patience = deadline.min(Instant::now() + HANDSHAKE);
+        let stream = Arc::new(Stream::new(self.server.connect(patience)?)?);
+        link.lock().half = Some(stream.clone());
+        let found = match link.hurry.load(Ordering::Acquire) {
+            // Whoever has cut could not see it yet.
+            true => Err(Error::new("yanked")),
+            false => hello(&stream, &self.export, &self.context, deadline),
+        };
+        link.lock().half = None;
+        Ok(Client::new(stream, found?))
     }
 }
 
@@ -161,16 +177,20 @@ pub struct Nbd {
     dirty: Option<String>,
     delay: Duration,
     link: Arc<Shared>,
+    /// Until it is closed.
+    yankable: Mutex<Option<Yankable>>,
 }
 
+#[derive(Default)]
 struct Shared {
     link: Mutex<Link>,
     /// There is another connection, or a try to have one has failed.
     changed: Condvar,
-    /// The end is near: nobody waits for a new connection.
+    /// The end is near, or has come: nobody waits for a new connection.
     hurry: AtomicBool,
 }
 
+#[derive(Default)]
 struct Link {
     client: Option<Arc<Client>>,
     /// When the last one broke.
@@ -179,11 +199,24 @@ struct Link {
     tried: Option<Instant>,
     /// Somebody is at it.
     trying: bool,
+    /// A connection in its handshake.
+    half: Option<Arc<Stream>>,
 }
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, Link> {
         self.link.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The end, from outside: requests that wait fail, all that come fail, nothing connects again.
+    fn cut(&self) {
+        self.hurry.store(true, Ordering::Release);
+        let link = self.lock();
+        self.changed.notify_all();
+        let (client, half) = (link.client.clone(), link.half.clone());
+        drop(link);
+        client.inspect(|c| c.hang_up());
+        half.inspect(|s| s.shut_down());
     }
 }
 
@@ -237,7 +270,7 @@ impl Nbd {
     }
 
     fn reconnect(&self, deadline: Instant) -> Result<Client> {
-        let client = self.place.connect(deadline)?;
+        let client = self.place.connect(&self.link, deadline)?;
         let (old, new) = (&self.found, &client.found);
         let needed = flag::SEND_FLUSH | flag::SEND_TRIM | flag::SEND_WRITE_ZEROES | flag::SEND_FAST_ZERO;
         let differs = (old.size, old.min_block, old.context.is_some())
@@ -258,7 +291,7 @@ impl Nbd {
         if link.client.as_ref().is_some_and(|c| Arc::ptr_eq(c, client)) {
             log::warn!("NBD server {}: the connection is lost", self.place.server);
             // The first try is at once.
-            *link = Link { client: None, lost: Some(Instant::now()), tried: None, trying: link.trying };
+            (link.client, link.lost, link.tried) = (None, Some(Instant::now()), None);
         }
     }
 
@@ -451,6 +484,7 @@ impl Driver for Nbd {
     }
 
     fn close(&self) -> io::Result<()> {
+        drop(self.yankable.lock().unwrap_or_else(PoisonError::into_inner).take());
         // A node that goes has been flushed by whoever used it, but who knows.
         if let Some(client) = self.link.lock().client.clone() {
             client.set_patience(Some(LAST));

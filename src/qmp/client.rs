@@ -89,6 +89,16 @@ impl Client {
         self.gone || (self.ended && self.parsed == self.input.len() && self.unsent() == 0)
     }
 
+    /// True when it will be of no more use, whatever it has sent.
+    pub fn is_gone(&self) -> bool {
+        self.gone
+    }
+
+    /// True when there is something that it waits for.
+    pub fn waits(&self) -> bool {
+        !self.gone && (self.wants_input() || self.unsent() > 0)
+    }
+
     /// Says what it waits for.
     pub fn prepare(&mut self, set: &mut PollSet) {
         let input = if self.wants_input() { libc::POLLIN } else { 0 };

@@ -1,10 +1,11 @@
 //! The commands that may run out of band: they free what hangs. Clients that speak out-of-band
 //! execution expect them wherever it is offered.
 //!
-//! Owns: their QMP form. Nothing in this program can hang so far (no network storage, no migration),
-//! which is what they answer. Never: anything else. Threads: control. Locks: none.
+//! Owns: their QMP form. What can hang are nodes on an NBD server; there is no migration. Never: uses
+//! the VM, which may be what hangs. Threads: control, and those of clients ([`oob`](super::oob)).
+//! Locks: none.
 
-use super::schema::{Cx, Empty};
+use super::schema::{Empty, Yanks};
 use crate::error::{Class, Error, Result};
 use crate::{commands, wire_struct, wire_union};
 
@@ -12,8 +13,9 @@ commands! {
     /// Out-of-band commands.
     pub static OOB;
 
-    /// Breaks connections that hang, and lets what waits for them fail. Fails without having
-    /// done anything if one of the instances is not in `query-yank`.
+    /// Breaks connections that hang, for good, and lets what waits for them fail: a node is of no
+    /// use any more afterwards. Fails without having done anything if one of the instances is not in
+    /// `query-yank`.
     oob "yank" => yank {
         /// What to free.
         instances: Vec<YankInstance>,
@@ -56,19 +58,22 @@ wire_struct! {
     }
 }
 
-fn yank(cx: &mut Cx, instances: Vec<YankInstance>) -> Result<()> {
-    let there = query_yank(cx)?;
-    if instances.iter().all(|i| there.contains(i)) {
-        return Ok(());
-    }
-    Err(Error::of(Class::DeviceNotFound, "Instance not found"))
+fn yank(yanks: &Yanks, instances: Vec<YankInstance>) -> Result<()> {
+    let node = |i: &YankInstance| match &i.instance {
+        YankInstanceType::BlockNode(b) => Some(b.node_name.clone()),
+        YankInstanceType::Chardev(_) | YankInstanceType::Migration(_) => None,
+    };
+    let there = instances.iter().map(node).collect::<Option<Vec<String>>>();
+    let there = there.is_some_and(|n| yanks.pull(&n.iter().map(String::as_str).collect::<Vec<_>>()));
+    if there { Ok(()) } else { Err(Error::of(Class::DeviceNotFound, "Instance not found")) }
 }
 
-fn query_yank(_: &mut Cx) -> Result<Vec<YankInstance>> {
-    Ok(Vec::new())
+fn query_yank(yanks: &Yanks) -> Result<Vec<YankInstance>> {
+    let instance = |node_name| YankInstanceType::BlockNode(YankInstanceBlockNode { node_name });
+    Ok(yanks.nodes().into_iter().map(|n| YankInstance { instance: instance(n) }).collect())
 }
 
-fn migrate_pause(_: &mut Cx) -> Result<()> {
+fn migrate_pause(_: &Yanks) -> Result<()> {
     Err(Error::new(
         "migrate-pause is currently only supported during postcopy-active or postcopy-recover state",
     ))

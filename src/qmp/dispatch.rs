@@ -1,9 +1,9 @@
 //! One request to one reply: the checks on the request's own members, and on the mode.
 //!
-//! Owns: the order and texts of these checks. Never: what a command does, bytes. Threads: control.
-//! Locks: none.
+//! Owns: the order and texts of these checks. Never: what a command does, bytes. Threads: control; a
+//! client's own, for what it runs out of band. Locks: none.
 
-use super::schema::{self, Cx, Object, Value};
+use super::schema::{self, Cx, Object, Value, Yanks};
 use super::wire::Message;
 use crate::error::{Class, Error, Result};
 use serde_json::json;
@@ -17,6 +17,24 @@ pub fn answer(cx: &mut Cx, message: Message) -> Value {
     };
     let id = request.remove("id");
     reply(run(cx, request), id)
+}
+
+/// Answers a request that has `exec-oob`, of a client that has enabled it: runs the command here and
+/// now, or says why not.
+pub fn answer_oob(yanks: &Yanks, mut request: Object) -> Value {
+    let id = request.remove("id");
+    let run = || {
+        let request = check(request, true)?;
+        let name = request.command.as_str();
+        let command = schema::find(name).ok_or_else(|| schema::not_found(name))?;
+        log::debug!("QMP: {name}, out of band");
+        command.oob.ok_or_else(|| no_oob(name))?(yanks, request.args)
+    };
+    reply(run(), id)
+}
+
+fn no_oob(name: &str) -> Error {
+    Error::new(format!("The command {name} does not support OOB"))
 }
 
 fn reply(result: Result<Value>, id: Option<Value>) -> Value {
@@ -48,12 +66,11 @@ fn run(cx: &mut Cx, request: Object) -> Result<Value> {
         return Err(Error::of(Class::CommandNotFound, text));
     }
     let Some(command) = command else { return Err(schema::not_found(name)) };
-    if request.oob && !command.oob {
-        return Err(Error::new(format!("The command {name} does not support OOB")));
+    // It is only here, and not in `answer_oob`, when its client has no thread of its own.
+    if request.oob && command.oob.is_none() {
+        return Err(no_oob(name));
     }
     log::debug!("QMP: {name}");
-    // Commands run to their end, one at a time, on this thread: nothing is ever waiting that an
-    // out-of-band command could overtake, so it is run like any other.
     (command.run)(cx, request.args)
 }
 

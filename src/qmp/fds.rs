@@ -31,6 +31,11 @@ impl Conn {
         self.pending = fds;
     }
 
+    /// Takes all descriptors that came and that nobody took, if there are any.
+    pub fn take_pending(&mut self) -> Option<Vec<OwnedFd>> {
+        (!self.pending.is_empty()).then(|| std::mem::take(&mut self.pending))
+    }
+
     /// Takes the first descriptor that came with the request, and closes the others.
     pub fn take_fd(&mut self) -> Result<OwnedFd> {
         let fds = std::mem::take(&mut self.pending);

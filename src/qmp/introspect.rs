@@ -16,7 +16,7 @@ pub fn schema() -> Vec<Value> {
     for (name, c) in schema::names() {
         let (arg, ret) = (s.name(&c.args), s.name(&c.returns));
         let mut entry = json!({ "meta-type": "command", "name": name, "arg-type": arg, "ret-type": ret });
-        if c.oob {
+        if c.oob.is_some() {
             entry["allow-oob"] = Value::Bool(true);
         }
         s.out.push(entry);

@@ -5,6 +5,7 @@ pub mod dispatch;
 pub mod event;
 pub mod fds;
 pub mod introspect;
+mod oob;
 pub mod schema;
 pub mod server;
 pub mod wire;

@@ -5,6 +5,7 @@
 //! command (`super::TABLES` lists the tables), or bytes. Threads: control. Locks: none.
 
 use super::fds::Conn;
+pub use crate::block::yank::Yanks;
 use crate::control::vm::Vm;
 use crate::error::{Class, Error, Result};
 pub use crate::qapi::*;
@@ -32,8 +33,9 @@ pub struct Command {
     pub args: Ty,
     /// What it answers.
     pub returns: Ty,
-    /// It may run out of band (`exec-oob`).
-    pub oob: bool,
+    /// How it runs out of band (`exec-oob`), if it may: on the client's own thread, while the control
+    /// thread may be waiting for what it is to free.
+    pub oob: Option<fn(&Yanks, Object) -> Result<Value>>,
     /// Takes the arguments apart and calls the handler.
     pub run: fn(&mut Cx, Object) -> Result<Value>,
 }
@@ -81,13 +83,13 @@ pub fn not_found(name: &str) -> Error {
 ///     /// Adds a node. (Aliases follow the name; a type in parentheses is the whole arguments.)
 ///     "blockdev-add" | "x-blockdev-add" => blockdev_add(BlockdevOptions) -> ();
 ///
-///     /// May run out of band.
+///     /// May run out of band: its handler gets no VM, only what it can free.
 ///     oob "yank" => yank { instances: Vec<YankInstance> } -> ();
 /// }
 ///
 /// fn getfd(cx: &mut Cx, fdname: String) -> Result<()> { … }
 /// fn blockdev_add(cx: &mut Cx, options: BlockdevOptions) -> Result<()> { … }
-/// fn yank(cx: &mut Cx, instances: Vec<YankInstance>) -> Result<()> { … }
+/// fn yank(yanks: &Yanks, instances: Vec<YankInstance>) -> Result<()> { … }
 /// ```
 ///
 /// Fields are written as in [`wire_struct!`](crate::wire_struct): a name on the wire that is not
@@ -110,11 +112,8 @@ macro_rules! commands {
                 doc: &[$($doc),*],
                 args: $crate::command_args!(type concat!($name, "-arg"), $args),
                 returns: <$Ret as $crate::qapi::Wire>::TY,
-                oob: $crate::command_args!(oob $($oob)?),
-                run: |cx, args| {
-                    let result: $Ret = $crate::command_args!(call $handler, cx, args, $args);
-                    Ok($crate::qapi::Wire::give(result))
-                },
+                oob: $crate::command_args!(oob [$($oob)?] $handler, $args, $Ret),
+                run: $crate::command_args!(run [$($oob)?] $handler, $args, $Ret),
             }
         ),*];
     };
@@ -124,8 +123,26 @@ macro_rules! commands {
 #[doc(hidden)]
 #[macro_export]
 macro_rules! command_args {
-    (oob) => { false };
-    (oob oob) => { true };
+    (oob [] $handler:ident, $args:tt, $Ret:ty) => { None };
+    (oob [oob] $handler:ident, $args:tt, $Ret:ty) => {
+        Some(|yanks, args| {
+            let result: $Ret = $crate::command_args!(call $handler, yanks, args, $args);
+            Ok($crate::qapi::Wire::give(result))
+        })
+    };
+    (run [] $handler:ident, $args:tt, $Ret:ty) => {
+        |cx, args| {
+            let result: $Ret = $crate::command_args!(call $handler, cx, args, $args);
+            Ok($crate::qapi::Wire::give(result))
+        }
+    };
+    (run [oob] $handler:ident, $args:tt, $Ret:ty) => {
+        |cx, args| {
+            let yanks = cx.vm.graph.yanks();
+            let result: $Ret = $crate::command_args!(call $handler, yanks, args, $args);
+            Ok($crate::qapi::Wire::give(result))
+        }
+    };
     (type $name:expr, ($T:ty)) => { <$T as $crate::qapi::Wire>::TY };
     (type $name:expr, {}) => { <$crate::qapi::Empty as $crate::qapi::Wire>::TY };
     (type $name:expr, { $(

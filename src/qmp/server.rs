@@ -9,10 +9,13 @@ use super::client::{Client, Stream};
 use super::dispatch;
 use super::event::{self, Limiter};
 use super::fds::Conn;
-use super::schema::Cx;
+use super::oob::Line;
+use super::schema::{Cx, Value};
+use super::wire::Message;
 use crate::control::event_loop::Source;
 use crate::control::vm::Vm;
 use crate::sys::fdio::Output;
+use crate::sys::inbox::Inbox;
 use crate::sys::listen::{self, SocketFile};
 use crate::sys::poll::{PollSet, Token};
 use crate::sys::unix;
@@ -21,6 +24,7 @@ use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Requests of one turn; then the rest of the VM has its turn.
@@ -39,14 +43,74 @@ pub struct Server {
     scratch: Vec<u8>,
     /// The last turn ended before the requests did.
     more: bool,
+    /// Clients with threads of their own post here. Made for the first.
+    ready: Option<Arc<Inbox<()>>>,
 }
 
 struct Monitor {
     conn: Conn,
     listener: Option<Listener>,
-    client: Option<Client>,
+    client: Option<Party>,
     pretty: bool,
     token: Option<Token>,
+}
+
+/// A client, and who reads it.
+enum Party {
+    /// The server.
+    Plain(Box<Client>),
+    /// A thread of its own: it may speak out of band.
+    Oob(Line),
+}
+
+impl Party {
+    fn next_message(&mut self, conn: &mut Conn) -> Option<Message> {
+        match self {
+            Party::Plain(client) => client.next_message(conn),
+            Party::Oob(line) => line.next_message(conn),
+        }
+    }
+
+    fn push(&mut self, message: &Value) {
+        match self {
+            Party::Plain(client) => client.push(message),
+            Party::Oob(line) => line.push(message),
+        }
+    }
+
+    fn flush(&mut self) {
+        match self {
+            Party::Plain(client) => client.flush(),
+            Party::Oob(line) => line.flush(),
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        match self {
+            Party::Plain(client) => client.is_over(),
+            Party::Oob(line) => line.is_over(),
+        }
+    }
+
+    /// Gives the client a thread of its own. Without one it is as good, as long as nothing hangs.
+    fn part(self, vm: &Vm, ready: &mut Option<Arc<Inbox<()>>>) -> Party {
+        let Party::Plain(client) = self else { return self };
+        let inbox = match ready.clone().map_or_else(|| Inbox::new().map(Arc::new), Ok) {
+            Ok(inbox) => inbox,
+            Err(e) => {
+                log::warn!("QMP: no out-of-band execution: {e}");
+                return Party::Plain(client);
+            }
+        };
+        *ready = Some(inbox.clone());
+        match Line::start(*client, vm.graph.yanks().clone(), inbox) {
+            Ok(line) => Party::Oob(line),
+            Err(back) => {
+                log::warn!("QMP: no thread for out-of-band execution: {}", back.1);
+                Party::Plain(Box::new(back.0))
+            }
+        }
+    }
 }
 
 struct Listener {
@@ -155,8 +219,11 @@ impl Server {
                 let Some(message) = client.next_message(conn) else { continue };
                 let reply = dispatch::answer(&mut Cx { vm, conn }, message);
                 self.send_events(vm);
-                if let Some(client) = &mut self.monitors[n].client {
-                    client.push(&reply);
+                let Monitor { conn, client, .. } = &mut self.monitors[n];
+                if let Some(mut party) = client.take() {
+                    party.push(&reply);
+                    let enabled = conn.oob && matches!(party, Party::Plain(_));
+                    *client = Some(if enabled { party.part(vm, &mut self.ready) } else { party });
                 }
                 any = true;
                 left = left.saturating_sub(1);
@@ -192,10 +259,14 @@ impl Source for Server {
         for m in &mut self.monitors {
             m.token = None;
             match (&mut m.client, &mut m.listener) {
-                (Some(client), _) => client.prepare(set),
+                (Some(Party::Plain(client)), _) => client.prepare(set),
+                (Some(Party::Oob(_)), _) => {}
                 (None, Some(listener)) => m.token = listener.prepare(set),
                 (None, None) => {}
             }
+        }
+        if let Some(ready) = &self.ready {
+            set.add(ready.as_raw_fd(), libc::POLLIN);
         }
         if let Some(when) = self.limiter.deadline() {
             set.until(when);
@@ -208,9 +279,13 @@ impl Source for Server {
     fn dispatch(&mut self, vm: &mut Vm, set: &PollSet) {
         // Events first: what has happened before a request is told before its reply.
         self.send_events(vm);
+        if let Some(ready) = &self.ready {
+            ready.take();
+        }
         for m in &mut self.monitors {
             match &mut m.client {
-                Some(client) => client.exchange(set, &mut self.scratch),
+                Some(Party::Plain(client)) => client.exchange(set, &mut self.scratch),
+                Some(Party::Oob(_)) => {}
                 None => m.accept(set),
             }
         }
@@ -240,7 +315,7 @@ impl Monitor {
     fn greet(&mut self, stream: Stream) {
         let mut client = Client::new(stream, self.pretty);
         client.push(&dispatch::greeting());
-        self.client = Some(client);
+        self.client = Some(Party::Plain(Box::new(client)));
     }
 
     fn accept(&mut self, set: &PollSet) {
