@@ -16,6 +16,7 @@ use super::types::{COMPRESSED, COPIED, OFFSET_MASK, REFTABLE_MASK, be64};
 use crate::block::node::Node;
 use std::collections::{HashMap, HashSet};
 use std::io;
+use std::sync::PoisonError;
 
 /// What a check found.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -312,6 +313,9 @@ impl Qcow2 {
             meta.unreachable.clear();
             meta.grace.clear();
             meta.tables.clear();
+            // These clusters may be free now, and then anybody's.
+            meta.packing = 0;
+            *self.decompressed.lock().unwrap_or_else(PoisonError::into_inner) = None;
             meta.find_tables(&file)?;
             let mut walk =
                 Walk { meta: &mut meta, file: &file, counts: HashMap::default(), report: Report::default() };

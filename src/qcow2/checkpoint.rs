@@ -8,8 +8,8 @@
 //!
 //! 1. Under `Meta`: share every dirty page, copy the dirty sectors of L1 and refcount table and
 //!    the header, take the list of what was freed. Unlock.
-//! 2. Write refcount pages, and a moved L1 table at its new place. If anything was linked or any
-//!    refcount was raised since the last time: **sync**.
+//! 2. Write refcount pages. If anything was linked or any refcount was raised since the last time:
+//!    **sync**. If the L1 table moved: write it at its new place; **sync**.
 //!    If the refcount table changed: write it; **sync**; if it moved, also write the header;
 //!    **sync**.
 //! 3. Write L2 pages, L1 sectors, header. **Sync** (only left out when the caller does not need
@@ -189,6 +189,10 @@ impl Qcow2 {
             write_pages(file, &w.refs, BlkdebugEvent::RefblockUpdatePart)?;
         }
         if w.l1_moved && !self.has_bug(Mutant::HalfMovedTable) {
+            if w.barrier {
+                // Should an earlier try have failed behind its header, the new place is the active one.
+                self.sync(file)?;
+            }
             write_sectors(file, &w.l1, BlkdebugEvent::L1GrowWriteTable)?;
         }
         if self.has_bug(Mutant::TableBeforeBlock) {

@@ -477,6 +477,9 @@ impl Meta {
                 )));
             }
         }
-        self.grow_file(file, host.saturating_add(len))
+        self.grow_file(file, host.saturating_add(len))?;
+        // What is written there must not be cut off when the image is closed.
+        self.fresh = self.fresh.max(self.geo.clusters(host, len).end);
+        Ok(())
     }
 }

@@ -15,25 +15,29 @@ use std::io;
 
 impl Meta {
     /// `len` bytes of file, less than a cluster, for compressed data: their clusters have one
-    /// reference more each.
-    fn alloc_bytes(&mut self, file: &Node, len: u64) -> io::Result<u64> {
+    /// reference more each. `None`: only where a descriptor cannot point to.
+    fn alloc_bytes(&mut self, file: &Node, len: u64) -> io::Result<Option<u64>> {
         file.moment_locked(BlkdebugEvent::ClusterAllocBytes);
         let (geo, at) = (self.geo, self.packing);
         let room = if at == 0 { 0 } else { geo.round_up(at) - at };
         if room >= len && self.add_reference(file, geo.cluster(at)).is_ok() {
             self.packing = at + len;
-            return Ok(at);
+            return Ok(Some(at));
         }
         let (k, _, _) = self.alloc_run(file, 1)?;
         let next = k << geo.cluster_bits;
+        if next + geo.cluster_size() > geo.compressed_limit() {
+            self.free(next, 1, false);
+            return Ok(None);
+        }
         // The rest of the last cluster is used if the new one follows it.
         let whole = room == 0 || next != at + room;
         if whole || room >= len || self.add_reference(file, geo.cluster(at)).is_err() {
             self.packing = next + len;
-            return Ok(next);
+            return Ok(Some(next));
         }
         self.packing = at + len;
-        Ok(at)
+        Ok(Some(at))
     }
 }
 
@@ -88,7 +92,7 @@ impl Qcow2 {
             if old.host.is_some() {
                 return Ok(None);
             }
-            meta.alloc_bytes(&file, len).map(Some)
+            meta.alloc_bytes(&file, len)
         });
         if let Ok(Some(_)) = place {
             meta.in_flight.push(c..c + 1);

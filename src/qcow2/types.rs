@@ -127,6 +127,11 @@ impl Geometry {
         62 - (self.cluster_bits - 8)
     }
 
+    /// Where in the file compressed data must end: their descriptors cannot say more.
+    pub fn compressed_limit(&self) -> u64 {
+        1 << self.compressed_shift().min(56)
+    }
+
     /// The entry that the words of an L2 table say (`bitmap` is 0 in standard images).
     ///
     /// # Errors

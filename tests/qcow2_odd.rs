@@ -1,0 +1,279 @@
+//! qcow2 images that are odd or hostile in ways that no image maker's are, and files larger than any disk here: made by
+//! hand, in memory, in a file that has holes.
+
+use minivmm::block::driver::{Driver, Extent, ExtentKind, Flags, Internal, Snapshot};
+use minivmm::block::node::{Edge, Node, NodeOptions};
+use minivmm::qcow2::create::{self, CreateOptions};
+use minivmm::qcow2::header::Header;
+use minivmm::qcow2::open::Options;
+use minivmm::qcow2::{Qcow2, open};
+use minivmm::sys::iov::{Iov, IovMut};
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+#[path = "support/qcow2.rs"]
+mod support;
+use support::{Disk, Op, edge, fresh, open_image, read, write};
+
+const PAGE: u64 = 4096;
+
+/// A file of any length in memory, of which only what was written takes any.
+#[derive(Default)]
+struct Sparse {
+    pages: Mutex<BTreeMap<u64, Vec<u8>>>,
+    len: AtomicU64,
+    /// A read of this place fails, once (0: none does).
+    broken: AtomicU64,
+}
+
+struct OnSparse(Arc<Sparse>);
+
+impl Driver for OnSparse {
+    fn name(&self) -> &'static str {
+        "sparse"
+    }
+    fn len(&self) -> u64 {
+        self.0.len.load(Ordering::SeqCst)
+    }
+    fn grows(&self) -> bool {
+        true
+    }
+    fn read(&self, off: u64, to: &mut IovMut) -> io::Result<()> {
+        if off != 0 && self.0.broken.compare_exchange(off, 0, Ordering::SeqCst, Ordering::SeqCst).is_ok() {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
+        let pages = self.0.pages.lock().unwrap();
+        let mut pos = 0;
+        while pos < to.len() {
+            let at = off + pos as u64;
+            let n = ((PAGE - at % PAGE) as usize).min(to.len() - pos);
+            match pages.get(&(at / PAGE)) {
+                Some(page) => to.copy_from(pos, &page[(at % PAGE) as usize..][..n]),
+                None => to.fill(pos, n, 0),
+            }
+            pos += n;
+        }
+        Ok(())
+    }
+    fn write(&self, off: u64, from: &Iov, _: Flags) -> io::Result<()> {
+        let mut pages = self.0.pages.lock().unwrap();
+        for (at, byte) in (off..).zip(from.to_vec()) {
+            let page = pages.entry(at / PAGE).or_insert_with(|| vec![0; PAGE as usize]);
+            page[(at % PAGE) as usize] = byte;
+        }
+        self.0.len.fetch_max(off + from.len() as u64, Ordering::SeqCst);
+        Ok(())
+    }
+    fn flush(&self) -> io::Result<()> {
+        Ok(())
+    }
+    fn resize(&self, len: u64) -> io::Result<()> {
+        self.0.pages.lock().unwrap().retain(|page, _| page * PAGE < len);
+        self.0.len.store(len, Ordering::SeqCst);
+        Ok(())
+    }
+    fn status(&self, off: u64, len: u64) -> io::Result<Extent> {
+        let pages = self.0.pages.lock().unwrap();
+        let next = pages.range(off / PAGE..).next().map_or(u64::MAX, |(page, _)| page * PAGE);
+        Ok(match next > off {
+            true => Extent { kind: ExtentKind::Zero, len: len.min(next - off), host_offset: None },
+            false => {
+                Extent { kind: ExtentKind::Data, len: len.min(PAGE - off % PAGE), host_offset: Some(off) }
+            }
+        })
+    }
+}
+
+impl Sparse {
+    fn node(self: &Arc<Self>) -> Arc<Node> {
+        Node::new("file", Box::new(OnSparse(self.clone())), NodeOptions::default())
+    }
+
+    fn image(options: &CreateOptions) -> Arc<Sparse> {
+        let file = Arc::new(Sparse::default());
+        create::create(&file.node(), None, options).expect("create");
+        file
+    }
+
+    fn put(self: &Arc<Self>, off: u64, bytes: &[u8]) {
+        write(&OnSparse(self.clone()), off, bytes).unwrap();
+    }
+
+    fn header(self: &Arc<Self>) -> Header {
+        Header::parse(&read(&OnSparse(self.clone()), 0, 65536).unwrap()).expect("header")
+    }
+
+    fn open(self: &Arc<Self>, options: Options) -> io::Result<Qcow2> {
+        open::open(edge("file", self.node()), Edge::new("backing", None), None, options)
+    }
+}
+
+fn sound(image: &Qcow2) {
+    let report = image.check().expect("check");
+    assert!(report.errors.is_empty(), "{:?}", report.errors);
+}
+
+/// Where the data of the disk's first cluster are.
+fn first_data(image: &Qcow2) -> u64 {
+    image.status(0, 512).unwrap().host_offset.expect("allocated")
+}
+
+#[test]
+fn a_cluster_behind_the_end_of_the_file_keeps_what_is_written() {
+    let disk = fresh(&CreateOptions { size: 1 << 20, ..CreateOptions::default() });
+    let image = open_image(&disk, None, Options::default()).unwrap();
+    write(&image, 0, &[1; 65536]).unwrap();
+    image.close().unwrap();
+    // Somebody cut the file: the cluster is allocated, and reads as zeroes.
+    let at = first_data(&image);
+    disk.bytes.lock().unwrap().truncate(at as usize);
+    let image = open_image(&disk, None, Options::default()).unwrap();
+    assert_eq!(read(&image, 0, 512).unwrap(), [0; 512]);
+    write(&image, 4096, &[2; 4096]).unwrap();
+    image.flush().unwrap();
+    image.close().unwrap();
+    let image = open_image(&disk, None, Options::default()).unwrap();
+    assert!(read(&image, 4096, 4096).unwrap() == [2; 4096], "the write is lost");
+    sound(&image);
+}
+
+#[test]
+fn beyond_what_a_descriptor_can_say_nothing_is_compressed() {
+    // With clusters of 2 MiB a descriptor has 49 bits of offset.
+    const END: u64 = 1 << 49;
+    let options = CreateOptions { size: 16 << 20, cluster_size: 2 << 20, ..CreateOptions::default() };
+    let file = Sparse::image(&options);
+    let header = file.header();
+    let mut block = [0; 8];
+    OnSparse(file.clone()).read(header.reftable_offset, &mut IovMut::from_slice(&mut block)).unwrap();
+    // The first refcount block's part of the file is full, and the file ends far behind.
+    file.put(u64::from_be_bytes(block), &[0, 1].repeat(1 << 20));
+    file.put(header.reftable_offset + 8 * (END >> 41), &END.to_be_bytes());
+    file.put(END, &[0, 1]);
+    file.len.store(END + (2 << 20), Ordering::SeqCst);
+    let image = file.open(Options::default()).unwrap();
+    let data = vec![0x5a; 2 << 20];
+    image.write(0, &Iov::from_slice(&data), Flags::COMPRESSED).unwrap();
+    image.write(2 << 20, &Iov::from_slice(&data), Flags::NONE).unwrap();
+    image.close().unwrap();
+    let image = file.open(Options::default()).unwrap();
+    assert!(first_data(&image) > END);
+    assert!(read(&image, 0, 2 << 20).unwrap() == data && read(&image, 2 << 20, 2 << 20).unwrap() == data);
+    sound(&image);
+}
+
+/// After a growth whose last sync failed the header on disk may name the new L1 table already: what is written there
+/// later must not come before what it points to.
+#[test]
+fn a_table_that_moved_twice_waits_for_its_refcounts() {
+    let options = CreateOptions { size: 64 << 10, cluster_size: 512, ..CreateOptions::default() };
+    for nth in 1..40 {
+        let disk = fresh(&options);
+        let image = open_image(&disk, None, Options::default()).unwrap();
+        write(&image, 0, &[1; 512]).unwrap();
+        image.flush().unwrap();
+        disk.fail_after.store(nth, Ordering::SeqCst);
+        disk.fail_once.store(true, Ordering::SeqCst);
+        let grown = image.resize(8 << 20).is_ok();
+        if disk.fail_after.swap(0, Ordering::SeqCst) != 0 {
+            assert!(grown, "nothing failed");
+            assert!(nth > 5, "the growth has few steps");
+            break;
+        }
+        write(&image, 40 << 10, &[2; 512]).unwrap();
+        let mut synced = disk.copy();
+        *disk.log.lock().unwrap() = Some(Vec::new());
+        image.flush().unwrap();
+        let log = disk.log.lock().unwrap().take().unwrap();
+        for part in log.split(|op| matches!(op, Op::Sync)) {
+            for op in part {
+                let mut bytes = synced.clone();
+                if let Op::Write(off, data) = op {
+                    bytes[*off as usize..*off as usize + data.len()].copy_from_slice(data);
+                }
+                let after =
+                    open_image(&Disk::new(bytes), None, Options { read_only: true, ..Options::default() });
+                let report = after.unwrap().check().unwrap();
+                assert!(report.errors.is_empty(), "step {nth} failed: {:?}", report.errors);
+            }
+            for op in part {
+                if let Op::Write(off, data) = op {
+                    synced[*off as usize..*off as usize + data.len()].copy_from_slice(data);
+                }
+            }
+        }
+    }
+}
+
+/// What a failed operation left to be rebuilt frees clusters that nobody named: compressed data must not go on being put
+/// where others were.
+#[test]
+fn compressed_data_are_not_put_into_a_cluster_that_was_given_up() {
+    const TABLE: u64 = 32 << 10;
+    let options = CreateOptions { size: 1 << 20, cluster_size: 512, ..CreateOptions::default() };
+    let file = Sparse::image(&options);
+    let image = file.open(Options { l2_cache_size: Some(512), ..Options::default() }).unwrap();
+    let snapshot = |name: &str| Snapshot { name: name.into(), ..Snapshot::default() };
+    image.create_snapshot(snapshot("empty")).unwrap();
+    (0..31).for_each(|i| write(&image, i * TABLE, &[1; 512]).unwrap());
+    let packed = |off: u64, byte: u8| {
+        image.write(off, &Iov::from_slice(&[byte; 512]), Flags::COMPRESSED).unwrap();
+        assert_eq!(image.status(off, 512).unwrap().host_offset, None, "it is compressed");
+    };
+    packed(31 * TABLE, 2);
+    image.flush().unwrap();
+    // Back to the snapshot; when that has happened, the first of the old tables cannot be read.
+    let mut entry = [0; 8];
+    OnSparse(file.clone()).read(file.header().l1_offset, &mut IovMut::from_slice(&mut entry)).unwrap();
+    file.broken.store(u64::from_be_bytes(entry) & (u64::MAX >> 8), Ordering::SeqCst);
+    image.apply_snapshot(None, Some("empty")).unwrap();
+    assert_eq!(file.broken.load(Ordering::SeqCst), 0, "nothing failed");
+    // The old snapshot table lies in front of all that: from there on holes are filled.
+    image.create_snapshot(snapshot("later")).unwrap();
+    let data = [3; 512 * 100];
+    write(&image, 0, &data).unwrap();
+    packed(31 * TABLE, 4);
+    packed(30 * TABLE, 5);
+    assert!(read(&image, 0, data.len()).unwrap() == data, "somebody's data are where others' are");
+    image.close().unwrap();
+    let image = file.open(Options::default()).unwrap();
+    assert!(read(&image, 0, data.len()).unwrap() == data, "somebody's data are where others' are");
+    assert_eq!(read(&image, 31 * TABLE, 512).unwrap(), [4; 512]);
+    assert_eq!(read(&image, 30 * TABLE, 512).unwrap(), [5; 512]);
+    sound(&image);
+}
+
+/// Refcounts of every width count up to their end and not around it.
+#[test]
+fn a_snapshot_too_many_for_the_refcounts_is_refused() {
+    for bits in [1, 2, 4, 8, 16, 32, 64] {
+        let options = CreateOptions { size: 1 << 20, refcount_bits: bits, ..CreateOptions::default() };
+        let disk = fresh(&options);
+        let image = open_image(&disk, None, Options::default()).unwrap();
+        write(&image, 0, &[1; 65536]).unwrap();
+        // The disk itself is one.
+        let most = (1u64 << bits.min(8)) - 2;
+        for n in 0..most {
+            let snapshot = Snapshot { name: format!("{n}"), ..Snapshot::default() };
+            image.create_snapshot(snapshot).unwrap_or_else(|e| panic!("{bits} bits, snapshot {n}: {e}"));
+        }
+        let one_more = image.create_snapshot(Snapshot { name: "last".into(), ..Snapshot::default() });
+        match bits {
+            1 => assert_eq!(one_more.unwrap_err().raw_os_error(), Some(libc::ENOTSUP)),
+            2..=8 => assert_eq!(one_more.unwrap_err().kind(), io::ErrorKind::InvalidInput),
+            _ => one_more.unwrap(),
+        }
+        assert_eq!(image.snapshots().unwrap().len() as u64, most + u64::from(bits > 8));
+        sound(&image);
+        // It is the disk's own again after a write, and the snapshots keep the old one.
+        write(&image, 0, &[2; 65536]).unwrap();
+        if most > 0 {
+            image.apply_snapshot(None, Some("0")).unwrap();
+            assert!(read(&image, 0, 65536).unwrap() == [1; 65536]);
+        }
+        image.close().unwrap();
+        sound(&image);
+    }
+}
