@@ -145,6 +145,8 @@ struct State {
     waiting: [VecDeque<Waiter>; 2],
     /// Who went last, by direction.
     last: [u64; 2],
+    /// Who went last.
+    last_of_all: u64,
     seq: u64,
     members: u64,
 }
@@ -214,9 +216,16 @@ impl State {
         if self.next(direction).is_none_or(|w| w.seq != seq) {
             return false;
         }
-        // Of the two directions, which may share a bucket, the one that came first goes first.
+        // The two directions may share a bucket: then the members take turns, whatever they do.
+        let (Some(own), Some(other)) = (self.next(direction), self.rival(direction)) else { return true };
+        let rank = |w: &Waiter| (w.member <= self.last_of_all, w.member, w.seq);
+        rank(own) < rank(other)
+    }
+
+    /// The request of the other direction that may go now, too.
+    fn rival(&self, direction: Direction) -> Option<&Waiter> {
         let other = if direction == Direction::Read { Direction::Write } else { Direction::Read };
-        self.next(other).is_none_or(|w| w.seq > seq || !self.wait(other).is_zero())
+        self.next(other).filter(|_| self.wait(other).is_zero())
     }
 }
 
@@ -300,7 +309,8 @@ impl Member {
         let group = &*self.group;
         let mut state = group.lock();
         state.leak(group.start.elapsed());
-        if state.waiting[direction as usize].is_empty() && state.wait(direction).is_zero() {
+        let first = state.waiting[direction as usize].is_empty() && state.rival(direction).is_none();
+        if first && state.wait(direction).is_zero() {
             state.account(direction, bytes);
             return;
         }
@@ -316,6 +326,7 @@ impl Member {
                 state.waiting[direction as usize].retain(|w| w.seq != seq);
                 if !free {
                     state.last[direction as usize] = self.number;
+                    state.last_of_all = self.number;
                 }
                 state.account(direction, bytes);
                 drop(state);

@@ -137,6 +137,21 @@ fn members_share_alike_however_many_requests_each_has() {
 }
 
 #[test]
+fn members_share_alike_also_when_one_reads_and_the_other_writes() {
+    let group = Group::new("g");
+    group.set_limits(limits(&[(Which::OpsTotal, 200)]));
+    let writers = [(0, false); 6];
+    let got = race(&group, &[&writers[..], &[(1, true)]].concat(), Duration::from_secs(2));
+    let all: u64 = got.iter().sum();
+    assert!(got.iter().all(|n| *n as f64 > all as f64 * 0.4), "{got:?}");
+    // One that does both, and one that does not.
+    let both = [(0, false), (0, false), (0, true), (0, true), (1, true)];
+    let got = race(&group, &both, Duration::from_secs(2));
+    let all: u64 = got.iter().sum();
+    assert!(got.iter().all(|n| *n as f64 > all as f64 * 0.3), "{got:?}");
+}
+
+#[test]
 fn neither_direction_starves_the_other_and_separate_limits_are_separate() {
     let group = Group::new("g");
     group.set_limits(limits(&[(Which::BpsTotal, 100 * 512)]));

@@ -7,7 +7,7 @@
 //!
 //! `only=TEXT` of nbd: the rows of images whose names have the text (`raw`, `direct`).
 //!
-//!     cargo bench --bench bench -- [start|memory|fleet|qmp|disk|qcow2|jobs|nbd] … [rounds=N] [only=TEXT]
+//!     cargo bench --bench bench -- [start|memory|fleet|qmp|disk|qcow2|jobs|nbd|throttle] … [rounds=N] [only=TEXT]
 
 mod disk;
 mod fleet;
@@ -17,6 +17,7 @@ mod nbd;
 mod qcow2;
 mod qmp;
 mod start;
+mod throttle;
 mod util;
 
 fn main() {
@@ -45,6 +46,7 @@ fn main() {
         ("qcow2", qcow2::run),
         ("jobs", jobs::run),
         ("nbd", nbd::run),
+        ("throttle", throttle::run),
     ] {
         if names.is_empty() || names.contains(&name) {
             println!("== {name}");
