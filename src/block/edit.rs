@@ -10,6 +10,7 @@ use super::node::{Edge, Node};
 use super::perm;
 use crate::bail;
 use crate::error::{Error, Result};
+use std::collections::HashSet;
 use std::sync::Arc;
 
 /// Closed gates; dropping it opens them.
@@ -32,9 +33,20 @@ impl Quiesced {
     }
 }
 
+/// True when `node` is one of `at`, or above one. Every node is looked at once, however many ways
+/// lead to it.
 pub(super) fn is_above(node: &Arc<Node>, at: &[&Arc<Node>]) -> bool {
-    at.iter().any(|n| Arc::ptr_eq(n, node))
-        || node.driver.edges().iter().any(|e| e.node().is_some_and(|n| is_above(&n, at)))
+    let mut todo = vec![node.clone()];
+    let mut seen = HashSet::new();
+    while let Some(node) = todo.pop() {
+        if at.iter().any(|n| Arc::ptr_eq(n, &node)) {
+            return true;
+        }
+        if seen.insert(Arc::as_ptr(&node)) {
+            todo.extend(node.driver.edges().iter().filter_map(|e| e.node()));
+        }
+    }
+    false
 }
 
 impl Graph {
@@ -212,13 +224,11 @@ impl Edit<'_> {
 
     /// True when every handle that can come to `edge` waits at its gate.
     fn is_quiet(&self, edge: &Arc<Edge>) -> bool {
-        fn reaches(node: &Arc<Node>, edge: &Arc<Edge>) -> bool {
-            let edges = node.driver.edges();
-            edges.iter().any(|e| Arc::ptr_eq(e, edge))
-                || edges.iter().any(|e| e.node().is_some_and(|n| reaches(&n, edge)))
-        }
         self.graph.handles.iter().all(|h| {
-            let above = Arc::ptr_eq(&h.root, edge) || h.root.node().is_some_and(|n| reaches(&n, edge));
+            let owns = |n: &Arc<Node>| n.driver.edges().iter().any(|e| Arc::ptr_eq(e, edge));
+            let owner = self.graph.nodes().find(|n| owns(n));
+            let below = |root: &Arc<Node>| owner.is_some_and(|n| is_above(root, &[n]));
+            let above = Arc::ptr_eq(&h.root, edge) || h.root.node().is_some_and(|n| below(&n));
             !above || self.quiesced.covers(h)
         })
     }

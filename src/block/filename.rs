@@ -42,13 +42,22 @@ pub fn primary(node: &Node) -> Option<Arc<Node>> {
     edge.or_else(|| node.driver.edges().into_iter().find(|e| e.role == "file"))?.node()
 }
 
+/// Nodes that one name describes at most. A graph whose nodes have several parents has ways without
+/// number: what comes later is called by its node's name.
+const MOST: u32 = 2048;
+
 /// All names of the node.
 pub fn names(node: &Node) -> Names {
+    describe(node, &mut 0)
+}
+
+fn describe(node: &Node, count: &mut u32) -> Names {
+    *count += 1;
     let filtered = node.filtered();
     if node.options().implicit
         && let Some(below) = &filtered
     {
-        return names(below);
+        return describe(below, count);
     }
     let is_filter = node.driver.filtered().is_some();
     let own = node.driver.own_options();
@@ -58,7 +67,12 @@ pub fn names(node: &Node) -> Names {
     let mut file = String::new();
     for edge in node.driver.edges() {
         let below = edge.node();
-        let named = below.as_deref().map(names);
+        if let Some(below) = below.as_ref().filter(|_| *count >= MOST) {
+            plain = false;
+            put(&mut options, &edge.role, json!(below.name));
+            continue;
+        }
+        let named = below.as_deref().map(|n| describe(n, count));
         if edge.role == "backing" && !is_filter {
             let shown = named.as_ref().map(Names::shown).unwrap_or_default();
             if shown == usual_backing(node) {

@@ -41,3 +41,31 @@ fn a_plain_name_says_what_would_be_opened_by_it_and_nothing_else() {
         assert_eq!(names(&open(&mut graph, options)).shown(), want);
     }
 }
+
+#[test]
+fn nodes_with_many_ways_between_them_have_names_in_time() {
+    let mut graph = Graph::new();
+    let null = json!({"driver": "null-co", "node-name": "q0", "size": 1 << 20, "read-only": true});
+    let bottom = open(&mut graph, null);
+    graph.own(&bottom);
+    for n in 1..40 {
+        let raw = |side: &str| {
+            let below = format!("q{}", n - 1);
+            json!({"driver": "raw", "node-name": format!("{side}{n}"), "read-only": true, "file": below})
+        };
+        let sides = ["a", "b"].map(|side| open(&mut graph, raw(side)));
+        sides.iter().for_each(|node| graph.own(node));
+        let quorum = json!({"driver": "quorum", "node-name": format!("q{n}"), "read-only": true,
+                            "vote-threshold": 1, "children": [format!("a{n}"), format!("b{n}")]});
+        let quorum = open(&mut graph, quorum);
+        graph.own(&quorum);
+    }
+    let top = graph.find("q39").unwrap().clone();
+    assert!(names(&top).shown().len() < 1 << 20);
+    assert_eq!(top.driver.info().actual_size, None, "null-co takes no space");
+    // To change what is at the bottom everybody above is found, too.
+    let quiesced = graph.quiesce(&[&graph.find("q0").unwrap().clone()], &[]);
+    drop(quiesced);
+    // To flush it would take for ever, as every other request.
+    drop(graph);
+}

@@ -30,6 +30,7 @@ use crate::sys::buf::AlignedBuf;
 use crate::sys::iov::{Iov, IovMut};
 use crate::{bail, wire_enum};
 use serde_json::{Map, Value, json};
+use std::collections::HashSet;
 use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -420,9 +421,22 @@ impl Driver for Quorum {
     }
 
     fn info(&self) -> ImageInfo {
-        let sizes = |e: &Arc<Edge>| e.node().and_then(|n| n.driver.info().actual_size);
-        let all: Vec<u64> = self.list().iter().filter_map(sizes).collect();
-        let actual_size = (!all.is_empty()).then(|| all.iter().sum());
+        // Every node once: there may be ways without number to one that several others are above.
+        let (mut seen, mut actual_size) = (HashSet::new(), None);
+        let mut todo: Vec<_> = self.list().iter().filter_map(|e| e.node()).collect();
+        while let Some(node) = todo.pop() {
+            if !seen.insert(Arc::as_ptr(&node)) {
+                continue;
+            }
+            let passes = matches!(node.driver.name(), "raw" | "quorum" | "throttle" | "copy-on-read");
+            match passes {
+                true => todo.extend(node.driver.edges().iter().filter_map(|e| e.node())),
+                false => {
+                    let size = node.driver.info().actual_size;
+                    actual_size = size.map(|n| n + actual_size.unwrap_or(0)).or(actual_size);
+                }
+            }
+        }
         ImageInfo { actual_size, ..ImageInfo::default() }
     }
 
