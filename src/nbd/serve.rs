@@ -79,8 +79,14 @@ pub(super) fn run(session: Session, line: Arc<Line>, place: Place) {
     });
     let _end = End(&link);
     let mut out = Outbox::new(&link.line, &link.send, Buffer::new(link.house.clone()));
-    if let Err(e) = link.receive_all(&mut out) {
-        // It has left without a word, or what it sends makes no sense.
+    let mut rx = Receiver::new();
+    let ended = match link.receive_all(&mut rx, &mut out) {
+        // It may still want the replies to what it has sent.
+        Err(e) if rx.is_end(&e) => out.flush(),
+        other => other,
+    };
+    if let Err(e) = ended {
+        // It has left in the middle of a word, or what it sends makes no sense.
         log::debug!("NBD: a client's connection ends: {e}");
         link.line.cut();
     }
@@ -110,6 +116,11 @@ struct Receiver {
 impl Receiver {
     fn new() -> Receiver {
         Receiver { buf: vec![0; RECEIVE], at: 0, end: 0, brief: false }
+    }
+
+    /// The client has closed its end, and all that it sent has been looked at.
+    fn is_end(&self, e: &io::Error) -> bool {
+        e.kind() == io::ErrorKind::UnexpectedEof && self.at == self.end
     }
 
     fn has(&self, len: usize) -> bool {
@@ -199,14 +210,15 @@ impl Link {
     }
 
     /// A request that began at `start` has been done. If it was slow, and others wait meanwhile,
-    /// the next ones are taken to be slow, too, for eight times as long.
-    fn took(&self, start: u64, others: impl FnOnce() -> bool) {
+    /// the next ones are taken to be slow, too, for eight times as long. Says when it is.
+    fn took(&self, start: u64, others: impl FnOnce() -> bool) -> u64 {
         let end = self.now();
         let took = end - start;
         let limit = if self.export.direct { SLOW_DIRECT } else { SLOW };
         if took > limit.as_nanos() as u64 && others() {
             self.slow_until.fetch_max(end + 8 * took, Ordering::Relaxed);
         }
+        end
     }
 
     /// Gives a request away. It comes back when there is nobody for it.
@@ -220,8 +232,7 @@ impl Link {
     }
 
     /// Receives until the client has said good-bye.
-    fn receive_all(self: &Arc<Self>, out: &mut Outbox) -> io::Result<()> {
-        let mut rx = Receiver::new();
+    fn receive_all(self: &Arc<Self>, rx: &mut Receiver, out: &mut Outbox) -> io::Result<()> {
         let mut oldest: Option<u64> = None;
         let mut batch = 0;
         loop {
@@ -245,7 +256,7 @@ impl Link {
                 oldest = None;
                 slow = rx.has(1) || rx.more(&self.line, false)?;
             }
-            let mut todo = self.receive(&mut rx, request, out, slow)?;
+            let mut todo = self.receive(rx, request, out, slow)?;
             if slow && let Some(job) = todo.take() {
                 out.flush()?;
                 oldest = None;
@@ -258,7 +269,7 @@ impl Link {
                 self.perform(&job, out)?;
             }
             let mut trouble = None;
-            self.took(start, || {
+            let end = self.took(start, || {
                 rx.has(1)
                     || rx.more(&self.line, false).unwrap_or_else(|e| {
                         trouble = Some(e);
@@ -269,7 +280,7 @@ impl Link {
                 return Err(e);
             }
             // Nobody waits long for a reply that could be sent.
-            if self.now() - *oldest.get_or_insert(start) > SLOW.as_nanos() as u64 {
+            if end - *oldest.get_or_insert(start) > SLOW.as_nanos() as u64 {
                 out.flush()?;
                 oldest = None;
             }

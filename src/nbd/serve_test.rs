@@ -243,6 +243,32 @@ fn slow_writes_of_all_lengths_keep_their_payloads() {
     rig.wait_empty();
 }
 
+/// A client that has nothing more to say may still listen.
+#[test]
+fn who_closes_the_sending_end_gets_all_replies() {
+    let rig = rig("half", true);
+    for delay in [0, 3] {
+        rig.delay.store(delay, Ordering::SeqCst);
+        for round in 0..20u32 {
+            let mut c = Raw::go(&rig.path(), false, &[]);
+            let all: Vec<u8> = (0..40 + round)
+                .flat_map(|i| {
+                    let offset = u64::from(i) * 4096;
+                    Request { flags: 0, kind: cmd::READ, cookie: 77, offset, len: 4096 }.bytes()
+                })
+                .collect();
+            c.send(&all);
+            c.0.shutdown(std::net::Shutdown::Write).unwrap();
+            for _ in 0..40 + round {
+                assert_eq!(c.simple(), 0);
+                c.recv(4096);
+            }
+            assert!(c.is_over());
+        }
+    }
+    rig.wait_empty();
+}
+
 #[test]
 fn a_client_that_does_not_read_holds_up_nobody() {
     let mut rig = rig("stuck", true);

@@ -8,7 +8,9 @@
 //! both images are synced: what is measured is the write, not the disk's write-back of the slice before.
 //!
 //! At depth 1 there is a third side, the floor: a loop of recv, pread or pwrite, and sendmsg, without options, checks, errors,
-//! formats or threads. Its CPU is what the kernel takes for the least that a server can do.
+//! formats or threads. Its CPU is what the kernel takes for the least that a server can do: where that
+//! is more than half of QEMU's, the goal cannot be reached by a server that sleeps while it waits. It depends on where the
+//! scheduler puts client and server: on one processor a wake-up is cheap, between two that sleep it costs more than all the rest.
 
 use crate::util::{Bench, median, report};
 use std::fs::File;
