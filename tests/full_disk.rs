@@ -3,55 +3,23 @@
 
 #[path = "kit/process.rs"]
 mod kit;
+#[path = "support/small_disk.rs"]
+mod small_disk;
 
-use kit::{Dir, Vm, fixtures, have, have_kvm, run};
+use kit::{Vm, fixtures, have, have_kvm, run};
 use serde_json::json;
-use std::ffi::CString;
+use small_disk::fill;
 use std::path::{Path, PathBuf};
 
-/// Runs `f` with a directory that has 1 MiB in all; says so and skips without the right to.
+/// Runs `f` with a directory that has 1 MiB in all.
 fn on_a_small_disk(f: impl FnOnce(PathBuf) + Send + 'static) {
-    if !have_kvm() {
-        return;
+    if have_kvm() {
+        small_disk::on_a_small_disk(1, f);
     }
-    let dir = Dir::new();
-    let small = dir.join("");
-    std::thread::spawn(move || {
-        let at = CString::new(small.to_str().unwrap()).unwrap();
-        let (private, flags) = (libc::MS_REC | libc::MS_PRIVATE, libc::MS_NOSUID);
-        // SAFETY: system calls with C strings that live here; they change this thread's mounts, and
-        // those of the processes that it starts.
-        let mounted = unsafe {
-            libc::unshare(libc::CLONE_NEWNS) == 0
-                && libc::mount(c"".as_ptr(), c"/".as_ptr(), c"".as_ptr(), private, std::ptr::null()) == 0
-                && libc::mount(
-                    c"tmpfs".as_ptr(),
-                    at.as_ptr(),
-                    c"tmpfs".as_ptr(),
-                    flags,
-                    c"size=1m".as_ptr().cast(),
-                ) == 0
-        };
-        if !mounted {
-            eprintln!("skipped: it mounts a file system, which needs root (run it with sudo)");
-            return;
-        }
-        f(small);
-    })
-    .join()
-    .unwrap();
-}
-
-/// Leaves no byte free.
-fn fill(small: &Path) -> PathBuf {
-    let path = small.join("filling");
-    let mut file = std::fs::File::create(&path).unwrap();
-    while std::io::Write::write(&mut file, &[1; 4096]).is_ok() {}
-    path
 }
 
 fn stops_and_goes_on(small: &Path, image: &Path, format: &str) {
-    let filling = fill(small);
+    let filling = fill(small, 0);
     let text = format!(
         "[machine]\nmemory = \"16M\"\npaused = true\n[boot]\nkernel = \"@GUEST\"\n[[serial]]\nstdio = true\n\
          [[drive]]\nif = \"virtio\"\nid = \"d0\"\nfile = {image:?}\nformat = \"{format}\"\n"

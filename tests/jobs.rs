@@ -284,3 +284,82 @@ fn the_buffer_of_a_mirror_has_two_names() {
     qmp.ok("quit", json!({}));
     vm.wait_exit(0);
 }
+
+/// The backups of a transaction begin at one moment, but not two at one target, nor one at another's.
+#[test]
+fn backups_of_a_transaction_do_not_share_a_target() {
+    let mut vm = Vm::start("[machine]\naccel = \"none\"\nmemory = \"16M\"\n");
+    let mut qmp = vm.qmp();
+    for name in ["a", "b", "t", "u"] {
+        qmp.ok("blockdev-add", json!({"driver": "null-co", "node-name": name, "size": MIB}));
+    }
+    let backup = |from: &str, to: &str| {
+        let data = json!({"device": from, "target": to, "sync": "full", "job-id": format!("{from}{to}")});
+        json!({"type": "blockdev-backup", "data": data})
+    };
+    for (one, two) in [(("a", "t"), ("b", "t")), (("a", "t"), ("t", "u"))] {
+        let actions = json!({"actions": [backup(one.0, one.1), backup(two.0, two.1)]});
+        let said = qmp.execute("transaction", actions).unwrap_err();
+        assert_eq!(said["desc"], "Node 't' is busy: block device is in use by block job: backup");
+        assert_eq!(qmp.ok("query-jobs", json!({})), json!([]));
+    }
+    // One disk twice is fine.
+    qmp.ok("transaction", json!({"actions": [backup("a", "t"), backup("a", "u")]}));
+    for _ in 0..2 {
+        assert_eq!(event(&mut qmp, "BLOCK_JOB_COMPLETED").get("error"), None);
+    }
+    qmp.ok("quit", json!({}));
+    vm.wait_exit(0);
+}
+
+/// The most memory that a process has used, in KiB.
+fn peak(vm: &Vm) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", vm.pid())).unwrap();
+    let line = status.lines().find(|l| l.starts_with("VmHWM:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+/// A disk of 1 TiB that holds a little at both ends: each job gets by with its buffers and its bitmaps, of
+/// which a finely dirty MiB costs 4 KiB and the rest nothing.
+#[test]
+fn a_job_on_a_huge_disk_takes_little_memory() {
+    if !have("qemu-img", "qemu-utils") || !have("qemu-io", "qemu-utils") {
+        return;
+    }
+    for (command, most) in
+        [("blockdev-mirror", 24 << 10), ("blockdev-backup", 24 << 10), ("block-stream", 16 << 10)]
+    {
+        let dir = Dir::new();
+        let path = |name: &str| dir.join(name).display().to_string();
+        let (disk, over, target) = (path("disk"), path("over"), path("target"));
+        run("qemu-img", &["create", "-q", "-f", "qcow2", &disk, "1T"]);
+        run("qemu-io", &["-f", "qcow2", "-c", "write -q 0 4M", "-c", "write -q 1048572M 4M", &disk]);
+        run("qemu-img", &["create", "-q", "-f", "qcow2", "-b", &disk, "-F", "qcow2", &over]);
+        run("qemu-img", &["create", "-q", "-f", "qcow2", &target, "1T"]);
+        let mut vm = Vm::start_in(dir, "[machine]\naccel = \"none\"\nmemory = \"16M\"\n");
+        let mut qmp = vm.qmp();
+        let file = |path: &str| json!({"driver": "file", "filename": path});
+        let below = json!({"driver": "qcow2", "node-name": "low", "file": file(&disk)});
+        qmp.ok(
+            "blockdev-add",
+            json!({"driver": "qcow2", "node-name": "d", "file": file(&over), "backing": below}),
+        );
+        qmp.ok("blockdev-add", json!({"driver": "qcow2", "node-name": "t", "file": file(&target)}));
+        let before = peak(&vm);
+        let mut args = json!({"device": "d", "job-id": "j"});
+        if command != "block-stream" {
+            (args["target"], args["sync"]) = ("t".into(), "full".into());
+        }
+        qmp.ok(command, args);
+        if command == "blockdev-mirror" {
+            event(&mut qmp, "BLOCK_JOB_READY");
+            qmp.ok("block-job-complete", json!({"device": "j"}));
+        }
+        assert_eq!(event(&mut qmp, "BLOCK_JOB_COMPLETED").get("error"), None);
+        let grown = peak(&vm) - before;
+        eprintln!("{command}: {grown} KiB");
+        assert!(grown < most, "{command}: {grown} KiB");
+        qmp.ok("quit", json!({}));
+        vm.wait_exit(0);
+    }
+}

@@ -140,6 +140,53 @@ fn a_mirror_that_is_stopped_holds_the_disk_of_then() {
 }
 
 #[test]
+fn a_paused_mirror_does_no_io() {
+    let Pair { mut desk, disk, source, target, copy, guest } = pair(LEN);
+    source.data.lock().unwrap().fill(9);
+    let count = Arc::new(AtomicU64::new(0));
+    for state in [&source, &copy] {
+        let requests = count.clone();
+        *state.hook.lock().unwrap() = Some(Arc::new(move |_, _, _| {
+            if std::thread::current().name().is_some_and(|n| n.starts_with("job-")) {
+                requests.fetch_add(1, SeqCst);
+            }
+        }));
+    }
+    let key = start(&mut desk, plan(&disk, &target), true);
+    for status in [Status::Paused, Status::Standby] {
+        if status == Status::Standby {
+            desk.jobs.resume(key).unwrap();
+            desk.until_status(key, Status::Ready);
+        }
+        desk.jobs.pause(key).unwrap();
+        desk.until_status(key, status);
+        let before = count.load(SeqCst);
+        put(&guest, 0, 1, 1 << 20);
+        std::thread::sleep(Duration::from_millis(250));
+        assert_eq!(count.load(SeqCst), before, "{status:?}");
+    }
+    desk.jobs.resume(key).unwrap();
+    desk.until_status(key, Status::Ready);
+    desk.jobs.complete(key).unwrap();
+    desk.until("COMPLETED");
+    assert_same(&bytes(&copy), &bytes(&source), "the mirror");
+}
+
+#[test]
+fn a_mirror_that_waits_to_be_finalized_can_be_cancelled() {
+    let Pair { mut desk, disk, source, target, copy, guest } = pair(LEN);
+    let key = start(&mut desk, plan(&disk, &target), false);
+    desk.until_status(key, Status::Ready);
+    desk.jobs.complete(key).unwrap();
+    desk.until_status(key, Status::Pending);
+    desk.jobs.cancel_block(&mut desk.graph, key, false).unwrap();
+    desk.until("CANCELLED");
+    assert!(Arc::ptr_eq(&guest.node().unwrap(), &disk));
+    put(&guest, 0, 1, 512);
+    assert_eq!((bytes(&source)[0], bytes(&copy)[0]), (1, 0));
+}
+
+#[test]
 fn a_target_that_fails_while_the_job_waits_is_not_switched_to() {
     // Little is made up for at the end; more than that is not, for the guest would have to wait.
     for (len, done) in [(100_000, true), (2 << 20, false)] {

@@ -458,20 +458,20 @@ fn a_transaction_succeeds_or_fails_together() {
     desk.until("a waiting");
     assert!(!desk.told.contains(&"a pending".to_string()));
     go.send(()).unwrap();
-    desk.until("b null");
+    desk.until("a null");
     assert_eq!(
         desk.told[4..],
         [
             "a waiting",
             "b waiting",
-            "a pending",
             "b pending",
-            "a COMPLETED ",
-            "a concluded",
-            "a null",
+            "a pending",
             "b COMPLETED ",
             "b concluded",
-            "b null"
+            "b null",
+            "a COMPLETED ",
+            "a concluded",
+            "a null"
         ]
     );
 

@@ -11,11 +11,11 @@ use crate::block::mutant::{Bug, Mutant};
 use crate::error::Error;
 
 impl Jobs {
-    /// The others of its transaction, and itself, oldest first.
+    /// The others of its transaction, and itself, newest first, as in QEMU.
     fn together(&self, serial: u64) -> Vec<u64> {
         let Some(at) = self.at(serial) else { return Vec::new() };
         let txn = self.list[at].txn;
-        self.list.iter().filter(|j| j.txn == txn).map(|j| j.serial).collect()
+        self.list.iter().rev().filter(|j| j.txn == txn).map(|j| j.serial).collect()
     }
 
     /// A cancel counts even when the work was done just before it: then it failed.
@@ -106,8 +106,8 @@ impl Jobs {
     fn tell_cancel(&mut self, serial: u64, force: bool) -> bool {
         let Some(job) = self.get(serial) else { return false };
         let ready = matches!(job.status, Status::Ready | Status::Standby);
-        // After its work is done, a soft cancel of a job that knows such a thing is too late.
-        let force = force || !job.softly || !(ready || job.done);
+        // Also while it waits to be finalized: then it can only be thrown away.
+        let force = force || !job.softly || !ready;
         job.user_paused = false;
         if force || !job.done {
             job.cancelled = true;

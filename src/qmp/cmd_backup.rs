@@ -238,9 +238,20 @@ impl Backups {
         events: &Events,
         txn: Option<Txn>,
     ) -> Result<()> {
+        let mut targets: Vec<Arc<Node>> = Vec::new();
         for planned in std::mem::take(&mut self.list) {
-            match planned.begin(graph, jobs, events, txn) {
-                Ok(key) => self.begun.push(key),
+            // Nobody used them before, but one that has just begun may.
+            let target = planned.target.clone();
+            let mut used = targets.iter().filter(|t| Arc::ptr_eq(t, &planned.source));
+            let free = match used.next() {
+                Some(node) => jobs.check_free(node, &node.name),
+                None => jobs.check_free(&target, &target.name),
+            };
+            match free.and_then(|()| planned.begin(graph, jobs, events, txn)) {
+                Ok(key) => {
+                    self.begun.push(key);
+                    targets.push(target);
+                }
                 Err(e) => {
                     self.undo(graph, jobs);
                     return Err(e);
