@@ -233,7 +233,12 @@ fn a_cancelled_job_ends_at_once_whatever_its_speed() {
     if !have("qemu-img", "qemu-utils") || !have("qemu-io", "qemu-utils") {
         return;
     }
-    for (command, args) in kinds() {
+    let copies = ["drive-backup", "drive-mirror"].map(|command| {
+        let args =
+            json!({"device": "d", "job-id": "j", "target": "@copy", "format": "qcow2", "sync": "full"});
+        (command, args)
+    });
+    for (command, args) in kinds().into_iter().chain(copies) {
         let dir = Dir::new();
         chain(&dir);
         let mut vm = Vm::start_in(dir, DRIVE);
@@ -361,5 +366,157 @@ fn a_job_on_a_huge_disk_takes_little_memory() {
         assert!(grown < most, "{command}: {grown} KiB");
         qmp.ok("quit", json!({}));
         vm.wait_exit(0);
+    }
+}
+
+/// Killed, or told to quit, while a copy is made: the source is good, a copy that was finished before is
+/// complete, and after a second start with the same configuration the job is done.
+#[test]
+fn an_end_in_the_middle_of_a_copy_leaves_source_and_finished_targets_good() {
+    if !have("qemu-img", "qemu-utils") || !have("qemu-io", "qemu-utils") {
+        return;
+    }
+    for command in ["drive-backup", "drive-mirror"] {
+        for quit in [false, true] {
+            let dir = Dir::new();
+            chain(&dir);
+            let mut vm = Vm::start_in(dir, DRIVE);
+            let copy = |qmp: &mut Qmp, vm: &Vm, name: &str, speed: u64| {
+                let target = vm.path(name).display().to_string();
+                let args = json!({"device": "d", "job-id": "j", "target": target, "format": "qcow2",
+                                  "sync": "full", "speed": speed});
+                qmp.ok(command, args);
+            };
+            let finish = |qmp: &mut Qmp| {
+                if command == "drive-mirror" {
+                    event(qmp, "BLOCK_JOB_READY");
+                    // Without the switch: the configuration names the source.
+                    qmp.ok("block-job-cancel", json!({"device": "j"}));
+                }
+                assert_eq!(event(qmp, "BLOCK_JOB_COMPLETED").get("error"), None);
+            };
+            let mut qmp = vm.qmp();
+            copy(&mut qmp, &vm, "first", 0);
+            finish(&mut qmp);
+            status(&mut qmp, "null");
+            copy(&mut qmp, &vm, "second", 8 * MIB);
+            std::thread::sleep(Duration::from_millis(200));
+            assert_eq!(qmp.ok("query-jobs", json!({})).as_array().unwrap().len(), 1, "it is over already");
+            if quit {
+                qmp.ok("quit", json!({}));
+                assert_eq!(event(&mut qmp, "BLOCK_JOB_CANCELLED")["device"], "j");
+                vm.wait_exit(0);
+            } else {
+                vm.signal(9);
+                vm.wait();
+            }
+            let dir = vm.take_dir();
+            check(&dir.join(""), "top");
+            check(&dir.join(""), "first");
+            std::fs::remove_file(dir.join("qmp")).ok();
+            let mut vm = Vm::start_in(dir, DRIVE);
+            let mut qmp = vm.qmp();
+            copy(&mut qmp, &vm, "second", 0);
+            finish(&mut qmp);
+            qmp.ok("quit", json!({}));
+            vm.wait_exit(0);
+            check(&vm.path(""), "top");
+            check(&vm.path(""), "second");
+        }
+    }
+}
+
+/// Verbs in tight loops, whatever state the job is in by then: an answer to each, and an end to the job.
+#[test]
+fn verbs_race_with_the_job() {
+    if !have("qemu-img", "qemu-utils") || !have("qemu-io", "qemu-utils") {
+        return;
+    }
+    let dir = Dir::new();
+    chain(&dir);
+    let mut vm = Vm::start_in(dir, DRIVE);
+    let mut qmp = vm.qmp();
+    let verbs =
+        ["job-pause", "job-resume", "job-complete", "job-finalize", "block-job-cancel", "job-dismiss"];
+    let mut draw = 0x2545_f491_u32;
+    for round in 0..60 {
+        let target = vm.path(&format!("copy{}", round % 2)).display().to_string();
+        let mut args = json!({"device": "d", "job-id": "j", "target": target, "format": "qcow2", "sync": "full",
+                              "auto-finalize": round % 3 == 0, "auto-dismiss": round % 5 != 0});
+        if round % 2 == 0 {
+            args["copy-mode"] = "write-blocking".into();
+        }
+        let command = if round % 2 == 0 { "drive-mirror" } else { "drive-backup" };
+        qmp.ok(command, args);
+        let start = Instant::now();
+        loop {
+            draw = draw.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            let mut verb = verbs[(draw >> 16) as usize % verbs.len()];
+            if verb == "job-complete" && command == "drive-mirror" {
+                // It would move the disk to the copy, which the next round overwrites.
+                verb = "job-resume";
+            }
+            let key = if verb.starts_with("block") { "device" } else { "id" };
+            _ = qmp.execute(verb, json!({key: "j"}));
+            let jobs = qmp.ok("query-jobs", json!({}));
+            if jobs.as_array().unwrap().is_empty() {
+                break;
+            }
+            assert!(start.elapsed() < kit::LIMIT, "{command}: {jobs}");
+        }
+    }
+    let nodes = qmp.ok("query-named-block-nodes", json!({"flat": true}));
+    assert_eq!(nodes.as_array().unwrap().len(), 6, "{nodes}");
+    qmp.ok("quit", json!({}));
+    vm.wait_exit(0);
+    check(&vm.path(""), "top");
+}
+
+/// EIO on either side of a copy, once, at every policy.
+#[test]
+fn errors_of_copies_at_every_policy() {
+    if !have("qemu-img", "qemu-utils") || !have("qemu-io", "qemu-utils") {
+        return;
+    }
+    for command in ["blockdev-backup", "blockdev-mirror"] {
+        for (side, faulty, at) in [("read", "mid", "read_aio"), ("write", "", "write_aio")] {
+            for policy in ["report", "ignore", "stop", "enospc"] {
+                let case = format!("{command}, {side}, {policy}");
+                let dir = Dir::new();
+                chain(&dir);
+                let target = dir.join("copy").display().to_string();
+                run("qemu-img", &["create", "-q", "-f", "qcow2", &target, "16M"]);
+                let mut vm = Vm::start_in(dir, "[machine]\naccel = \"none\"\nmemory = \"16M\"\n");
+                let mut qmp = vm.qmp();
+                let rule = json!({"event": at, "errno": 5, "once": true});
+                qmp.ok("blockdev-add", nodes(&vm.path(""), faulty, &rule));
+                let mut file = json!({"driver": "file", "filename": target});
+                if side == "write" {
+                    file = json!({"driver": "blkdebug", "image": file, "inject-error": [rule]});
+                }
+                qmp.ok("blockdev-add", json!({"driver": "qcow2", "node-name": "copy", "file": file}));
+                let mut args = json!({"device": "top", "target": "copy", "job-id": "j", "sync": "full"});
+                args[if side == "read" { "on-source-error" } else { "on-target-error" }] = policy.into();
+                qmp.ok(command, args);
+                let action = if matches!(policy, "stop" | "ignore") { policy } else { "report" };
+                let error = event(&mut qmp, "BLOCK_JOB_ERROR");
+                assert_eq!(error, json!({"device": "j", "operation": side, "action": action}), "{case}");
+                if action == "stop" {
+                    status(&mut qmp, "paused");
+                    assert_eq!(qmp.ok("query-block-jobs", json!({}))[0]["io-status"], "failed", "{case}");
+                    qmp.ok("block-job-resume", json!({"device": "j"}));
+                }
+                if command == "blockdev-mirror" && action != "report" {
+                    event(&mut qmp, "BLOCK_JOB_READY");
+                    qmp.ok("block-job-complete", json!({"device": "j"}));
+                }
+                let done = event(&mut qmp, "BLOCK_JOB_COMPLETED");
+                let failed = (action == "report").then(|| json!("Input/output error"));
+                assert_eq!(done.get("error"), failed.as_ref(), "{case}");
+                qmp.ok("quit", json!({}));
+                vm.wait_exit(0);
+                check(&vm.path(""), if failed.is_some() { "top" } else { "copy" });
+            }
+        }
     }
 }
