@@ -45,5 +45,6 @@ pub mod stats;
 pub mod testing;
 pub mod throttle;
 pub mod timed;
+pub mod traffic;
 pub mod tray;
 pub mod yank;

@@ -18,6 +18,7 @@ use super::filename::ByHeader;
 use super::node_options::{LimitsCell, OptionsCell};
 use super::open::Asked;
 use super::serial::Serial;
+use super::traffic::Traffic;
 use crate::sys::buf::AlignedBuf;
 use crate::sys::iov::{Iov, IovMut};
 use std::io;
@@ -89,6 +90,7 @@ pub struct Node {
     storage: bool,
     /// The driver wants to know of moments.
     tested: bool,
+    pub(super) traffic: Traffic,
     /// End of the highest write, in bytes; 0 before the first.
     highest: AtomicU64,
     /// Counts completed changes; [`Node::flush`] compares it with `flushed`.
@@ -116,6 +118,7 @@ impl Node {
             driver,
             storage,
             tested,
+            traffic: Traffic::default(),
             options: OptionsCell::new(options),
             read_only: AtomicBool::new(options.read_only),
             limits: LimitsCell::new(limits),
@@ -259,6 +262,7 @@ impl Node {
     /// Reads `to.len()` bytes at `off`; beyond the end are zeroes (a backing file may be short).
     pub fn read(&self, off: u64, to: &mut IovMut) -> io::Result<()> {
         let n = to.len() as u64;
+        self.traffic.note();
         check_range(off, n)?;
         let len = self.len();
         let inside = n.min(len.saturating_sub(off));
@@ -309,6 +313,7 @@ impl Node {
     /// grows with its writes.
     pub fn write(&self, off: u64, from: &Iov, flags: Flags) -> io::Result<()> {
         let n = from.len() as u64;
+        self.traffic.note();
         self.check_change(off, n)?;
         if n == 0 {
             return Ok(());

@@ -8,7 +8,8 @@
 //! Owns: which clusters are to be copied, what becomes of the bitmap. Never: who comes first to a
 //! cluster (the filter's). Threads: the job's; `new`, `commit`, `abort`, `clean` on control. Locks: none.
 
-use super::job::{After, JobCtx, Stop, Work, attach};
+use super::crew::{Crew, PIECE, Step, Todo};
+use super::job::{JobCtx, Stop, Work, attach};
 use crate::bail;
 use crate::block::bitmap::Bitmap;
 use crate::block::copy_before_write::{self as cbw, Copied, Copies, CopyError, CopyOptions};
@@ -18,6 +19,8 @@ use crate::block::handle::{Handle, OnError};
 use crate::block::mutant::{Bug, Mutant};
 use crate::block::node::{Node, NodeOptions};
 use crate::error::{Error, Result};
+use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -84,6 +87,7 @@ pub struct Backup {
     filter: Arc<Node>,
     /// On the filter: for tickets.
     handle: Arc<Handle>,
+    crew: Crew,
     bitmap: Option<Synced>,
     policies: (OnError, OnError),
     /// How much there is to copy, in bytes.
@@ -151,7 +155,8 @@ impl Backup {
         let policies = (spec.on_source_error, spec.on_target_error);
         match handle {
             Ok(handle) => {
-                Ok(Backup { sync: spec.sync, copies, filter, handle, bitmap, policies, total, bug })
+                let crew = Crew::new(graph, &filter);
+                Ok(Backup { sync: spec.sync, copies, filter, handle, crew, bitmap, policies, total, bug })
             }
             Err(e) => {
                 if let Some(s) = bitmap {
@@ -165,15 +170,19 @@ impl Backup {
 
     /// Does `f` with a ticket; what fails there, the policies decide about: `None` is to try again.
     fn attempt<T>(&mut self, cx: &JobCtx, f: impl FnOnce(&Copies) -> Copied<T>) -> Result<Option<T>, Stop> {
-        let done = self.handle.inside(|_| Ok(f(&self.copies)))?;
-        let (e, policy, read) = match done {
-            Ok(answer) => return Ok(Some(answer)),
-            Err(CopyError::Source(e)) => (e, self.policies.0, true),
-            Err(CopyError::Target(e)) => (e, self.policies.1, false),
-        };
-        match cx.on_error(policy, &e, read)? {
-            After::Again | After::Ignored => Ok(None),
+        match self.handle.inside(|_| Ok(f(&self.copies)))? {
+            Ok(answer) => Ok(Some(answer)),
+            Err(e) => self.failed(cx, e).map(|()| None),
         }
+    }
+
+    /// The policies decide about a failed request; if this returns, it is to be tried again.
+    fn failed(&self, cx: &JobCtx, e: CopyError) -> Result<(), Stop> {
+        let (e, policy, read) = match e {
+            CopyError::Source(e) => (e, self.policies.0, true),
+            CopyError::Target(e) => (e, self.policies.1, false),
+        };
+        cx.on_error(policy, &e, read).map(drop)
     }
 
     /// Only what is in the uppermost image: the rest need not be copied.
@@ -209,30 +218,69 @@ impl Backup {
         Ok(())
     }
 
+    /// What there is to do at `off`, and for how many of `len` bytes: true: to copy it.
+    fn look(&self, off: u64, len: u64, most: u64) -> Copied<(bool, u64)> {
+        let copies = &self.copies;
+        match copies.to_copy().next_dirty(off, off + len, most) {
+            None => Ok((false, len)),
+            Some(next) if next.start > off => Ok((false, next.start - off)),
+            Some(next) => match copies.skip_zeroes(off)? {
+                0 => Ok((true, next.end - off)),
+                n => Ok((false, n)),
+            },
+        }
+    }
+
+    /// Copies the next piece.
+    fn step(&self, cx: &JobCtx, todo: &Todo) -> Step<(Range<u64>, CopyError)> {
+        let copies = &self.copies;
+        if copies.broken() {
+            return Ok(None);
+        }
+        // A request without a node to go to is the disk's.
+        let inside = |f: &dyn Fn() -> Copied<(bool, u64)>| {
+            self.handle.inside(|_| Ok(f())).unwrap_or_else(|e| Err(CopyError::Source(e)))
+        };
+        let mut wrong = None;
+        let taken = todo.take(|off, len| {
+            inside(&|| self.look(off, len, cx.piece(PIECE))).map_err(|e| {
+                wrong = Some(e);
+                io::ErrorKind::Other.into()
+            })
+        });
+        let Some((range, found)) = taken else { return Ok(None) };
+        if let Some(e) = wrong {
+            return Err((range, e));
+        }
+        let mut bytes = 0;
+        if matches!(found, Ok(true)) {
+            let mut at = range.start;
+            while at < range.end {
+                let done = inside(&|| {
+                    let done = copies.copy_next(at, range.end)?;
+                    Ok(done.map_or((false, range.end), |r| (true, r.end)))
+                });
+                at = done.map_err(|e| (range.clone(), e))?.1;
+            }
+            bytes = range.end - range.start;
+        }
+        cx.progress(self.total.saturating_sub(copies.left()), self.total);
+        // Nobody waits after the last piece.
+        Ok(Some(bytes).filter(|_| !todo.is_empty()))
+    }
+
     fn copy_all(&mut self, cx: &JobCtx) -> Result<(), Stop> {
         let total = self.total;
-        let mut at = 0;
-        while at < self.copies.len() {
+        cx.progress(total.saturating_sub(self.copies.left()), total);
+        let todo = Todo::new(self.copies.len());
+        loop {
+            let mut failed = self.crew.work(cx, || self.step(cx, &todo))?.into_iter();
             self.check()?;
-            cx.progress(total.saturating_sub(self.copies.left()), total);
-            cx.pause_point()?;
-            let step = self.attempt(cx, |copies| {
-                let end = copies.len();
-                let Some(next) = copies.to_copy().next_dirty(at, end, u64::MAX) else { return Ok((end, 0)) };
-                let skipped = copies.skip_zeroes(next.start)?;
-                if skipped > 0 {
-                    return Ok((next.start + skipped, 0));
-                }
-                let done = copies.copy_next(next.start, end)?;
-                Ok(done.map_or((end, 0), |r| (r.end, r.end - r.start)))
-            })?;
-            if let Some((end, bytes)) = step {
-                at = end;
-                cx.progress(total.saturating_sub(self.copies.left()), total);
-                if at < self.copies.len() {
-                    cx.throttle(bytes)?;
-                }
-            }
+            let Some((range, e)) = failed.next() else { break };
+            // The others fail again, if they do: one error is reported at a time.
+            failed.for_each(|(range, _)| todo.give_back(range));
+            todo.give_back(range);
+            self.failed(cx, e)?;
         }
         cx.progress(total, total);
         Ok(())

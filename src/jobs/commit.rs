@@ -6,6 +6,7 @@
 //!
 //! Owns: the walk. Never: names of files (it is told them). Threads: as [`Work`] says. Locks: none.
 
+use super::crew::{Crew, PIECE, Step, Todo};
 use super::filter::{self, Asks};
 use super::job::{JobCtx, Stop, Work, attach};
 use super::layers::{Found, find};
@@ -15,13 +16,11 @@ use crate::block::handle::{Handle, OnError};
 use crate::block::mutant::{Bug, Mutant};
 use crate::block::node::Node;
 use crate::error::{Error, Result, strerror};
-use crate::sys::buf::AlignedBuf;
+use crate::sys::buf::CopyBuf;
 use crate::sys::iov::{Iov, IovMut};
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
-
-/// The most that is copied in one piece, in bytes.
-const PIECE: u64 = 1 << 20;
 
 /// What is to be done.
 pub struct Plan {
@@ -45,6 +44,7 @@ pub struct Commit {
     filter: Option<Arc<Node>>,
     src: Option<Arc<Handle>>,
     dst: Option<Arc<Handle>>,
+    crew: Option<Crew>,
     /// The base was read-only before.
     turn_back: bool,
 }
@@ -53,7 +53,7 @@ impl Commit {
     /// Puts the filter in, makes the base writable and long enough, and attaches to both sides.
     pub fn new(graph: &mut Graph, plan: Plan) -> Result<Commit> {
         let turn_back = plan.base.read_only();
-        let mut commit = Commit { plan, filter: None, src: None, dst: None, turn_back };
+        let mut commit = Commit { plan, filter: None, src: None, dst: None, crew: None, turn_back };
         match commit.begin(graph) {
             Ok(()) => Ok(commit),
             Err(e) => {
@@ -67,7 +67,9 @@ impl Commit {
         let Plan { from, base, filter, .. } = &self.plan;
         let Some(top) = from.first() else { return Err(Error::new("there is nothing to commit")) };
         graph.set_read_only(base, false)?;
-        self.filter = Some(filter::insert(graph, "commit_top", filter.as_deref(), top, Asks::Lenient)?);
+        let filter = filter::insert(graph, "commit_top", filter.as_deref(), top, Asks::Lenient)?;
+        self.crew = Some(Crew::new(graph, &filter));
+        self.filter = Some(filter);
         self.src = Some(attach(graph, top, Perm::NONE, Perm::ALL)?);
         if base.len() < top.len() {
             graph.resize(base, top.len())?;
@@ -78,29 +80,53 @@ impl Commit {
         Ok(())
     }
 
-    fn piece(
+    /// Does the next piece; what failed, and whether it was the reading.
+    fn step(
         &self,
-        (src, dst): (&Handle, &Handle),
-        (off, len, most): (u64, u64, u64),
-        buf: &mut AlignedBuf,
-    ) -> Result<(u64, u64), (io::Error, bool)> {
-        let (found, n) = src.inside(|_| find(&self.plan.from, off, len)).map_err(|e| (e, true))?;
+        cx: &JobCtx,
+        src: &Handle,
+        dst: &Handle,
+        todo: &Todo,
+    ) -> Step<(Range<u64>, io::Error, bool)> {
+        let look = |off, len| {
+            let (found, n) = src.inside(|_| find(&self.plan.from, off, len))?;
+            let most = match found {
+                Found::Nothing => n,
+                Found::Zero => 1 << 30,
+                Found::Data => cx.piece(PIECE),
+            };
+            Ok((found, n.min(most)))
+        };
+        let Some((range, found)) = todo.take(look) else { return Ok(None) };
+        let copied = found.map_err(|e| (e, true)).and_then(|found| self.copy(src, dst, found, &range));
+        let work = copied.map_err(|(e, read)| (range.clone(), e, read))?;
+        cx.advance(range.end - range.start);
+        Ok(Some(work))
+    }
+
+    /// Writes down what was found; answers how much work that was.
+    fn copy(
+        &self,
+        src: &Handle,
+        dst: &Handle,
+        found: Found,
+        range: &Range<u64>,
+    ) -> Result<u64, (io::Error, bool)> {
+        let (off, n) = (range.start, range.end - range.start);
         match found {
-            Found::Nothing => Ok((n, 0)),
+            Found::Nothing => Ok(0),
             Found::Zero => {
-                let n = n.min(1 << 30);
                 let there = dst.contents(off, n).map_err(|e| (e, false))?;
                 if !(there.zero && there.len >= n) {
                     dst.zero(off, n, Flags::MAY_UNMAP).map_err(|e| (e, false))?;
                 }
-                Ok((n, 0))
+                Ok(0)
             }
             Found::Data => {
-                let n = n.min(most);
-                let part = &mut buf[..n as usize];
-                src.read(off, &mut IovMut::from_slice(part)).map_err(|e| (e, true))?;
-                dst.write(off, &Iov::from_slice(part), Flags::NONE).map_err(|e| (e, false))?;
-                Ok((n, n))
+                let mut buf = CopyBuf::new(n as usize);
+                src.read(off, &mut IovMut::from_slice(&mut buf)).map_err(|e| (e, true))?;
+                dst.write(off, &Iov::from_slice(&buf), Flags::NONE).map_err(|e| (e, false))?;
+                Ok(n)
             }
         }
     }
@@ -151,23 +177,16 @@ impl Work for Commit {
         let (Some(src), Some(dst)) = (self.src.clone(), self.dst.clone()) else { return Ok(()) };
         let len = src.len();
         cx.progress(0, len);
-        let mut buf = AlignedBuf::new(PIECE as usize, 4096);
-        let mut off = 0;
-        while off < len {
-            cx.pause_point()?;
-            match self.piece((&src, &dst), (off, len - off, cx.piece(PIECE)), &mut buf) {
-                Ok((n, work)) => {
-                    off += n;
-                    cx.progress(off, len);
-                    if work > 0 {
-                        cx.throttle(work)?;
-                    }
-                }
-                // Ignored or not, what could not be written must be: it is tried again.
-                Err((e, read)) => {
-                    cx.on_error(self.plan.on_error, &e, read)?;
-                }
-            }
+        let Some(crew) = &self.crew else { return Ok(()) };
+        let todo = Todo::new(len);
+        loop {
+            let mut failed = crew.work(cx, || self.step(cx, &src, &dst, &todo))?.into_iter();
+            let Some((range, e, read)) = failed.next() else { break };
+            // The others fail again, if they do: one error is reported at a time. Ignored or not, what
+            // could not be written must be.
+            failed.for_each(|(range, ..)| todo.give_back(range));
+            todo.give_back(range);
+            cx.on_error(self.plan.on_error, &e, read)?;
         }
         // Here rather than on the control thread, for it may take long.
         Ok(dst.flush()?)

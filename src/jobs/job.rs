@@ -368,6 +368,18 @@ impl JobCtx {
         self.lock().cancel
     }
 
+    /// The job's thread has something else to do than to go on: it is to pause, to end, or to keep to a
+    /// speed. For its helpers, which leave that to it.
+    pub fn is_wanted(&self) -> bool {
+        let state = self.lock();
+        state.cancel || state.pause || state.rate.speed() != 0
+    }
+
+    /// There is a limit of its speed.
+    pub fn is_limited(&self) -> bool {
+        self.lock().rate.speed() != 0
+    }
+
     /// Sets both numbers of the progress, in bytes.
     pub fn progress(&self, offset: u64, len: u64) {
         self.lock().progress = Progress { offset, len };

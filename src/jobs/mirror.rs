@@ -17,6 +17,7 @@
 //! Owns: the order of it. Never: makes or names targets. Threads: as [`Work`] says. Locks: none of its
 //! own.
 
+use super::crew::{Crew, PIECE, Step};
 use super::job::{JobCtx, Stop, Work, attach};
 use super::layers::{self, Found};
 use super::mirror_top::{self, Both, Mode};
@@ -29,17 +30,14 @@ use crate::block::handle::{Handle, OnError};
 use crate::block::mutant::{Bug, Mutant};
 use crate::block::node::Node;
 use crate::error::{Error, Result, strerror};
-use crate::sys::buf::AlignedBuf;
+use crate::sys::buf::CopyBuf;
 use crate::sys::iov::{Iov, IovMut};
 use std::io;
 use std::ops::Range;
 use std::slice::from_ref;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-
-/// The most that is copied in one piece, in bytes.
-const PIECE: u64 = 1 << 20;
 
 /// The most that is zeroed in one piece, in bytes.
 const ZEROES: u64 = 16 << 20;
@@ -121,7 +119,11 @@ pub struct Mirror {
     /// On each side: for what the job does there, and lets others do.
     src: Option<Arc<Handle>>,
     dst: Option<Arc<Handle>>,
-    buf: Option<AlignedBuf>,
+    crew: Option<Crew>,
+    /// How far the disk has been gone over this time, in bytes.
+    at: Mutex<u64>,
+    /// What was taken and is not copied yet, in bytes.
+    under_way: AtomicU64,
     /// How often it has flushed the target since it is closing.
     flushes: u32,
     /// It was told to switch over.
@@ -155,7 +157,9 @@ impl Mirror {
             above: None,
             src: None,
             dst: None,
-            buf: None,
+            crew: None,
+            at: Mutex::new(0),
+            under_way: AtomicU64::new(0),
             flushes: 0,
             switch: false,
             turn_back,
@@ -181,6 +185,7 @@ impl Mirror {
         let options = mirror_top::Options { name, both: self.both.clone() };
         let filter = mirror_top::insert(graph, source, &self.dirty, options)?;
         self.filter = Some(filter.clone());
+        self.crew = Some(Crew::new(graph, &filter));
         self.above = Some(attach(graph, &filter, Perm::NONE, Perm::ALL)?);
         let reads = if *commit { Perm::NONE } else { Perm::CONSISTENT_READ };
         self.src = Some(attach(graph, source, reads, Perm::ALL)?);
@@ -274,38 +279,34 @@ impl Mirror {
         dst.zero(off, len, if self.plan.unmap { Flags::MAY_UNMAP } else { Flags::NONE })
     }
 
-    fn new_buf(&self) -> AlignedBuf {
-        AlignedBuf::new(PIECE.min(self.plan.buf_size.max(4096)) as usize, 4096)
-    }
-
     /// Copies a range whose granules were cleared.
-    fn copy(&self, src: &Node, dst: &Node, range: &Range<u64>, buf: &mut AlignedBuf) -> Copied {
-        let mut at = range.start;
+    fn copy(&self, src: &Node, dst: &Node, range: &Range<u64>) -> Copied {
+        let (mut at, mut data) = (range.start, 0);
         while at < range.end {
-            at += self.copy_some(src, dst, at, range.end - at, buf)?;
+            if data >= PIECE && at.is_multiple_of(self.dirty.granularity()) {
+                // It was taken for a hole, and somebody writes there: the rest is another piece's.
+                self.dirty.mark(at, range.end - at);
+                break;
+            }
+            let (n, written) = self.copy_some(src, dst, at, range.end - at)?;
+            at += n;
+            data += written;
         }
         Ok(())
     }
 
-    /// Copies some of `len` bytes at `off`; answers how many.
-    fn copy_some(
-        &self,
-        src: &Node,
-        dst: &Node,
-        off: u64,
-        len: u64,
-        buf: &mut AlignedBuf,
-    ) -> Result<u64, Failed> {
+    /// Copies some of `len` bytes at `off`; answers how many, and how many of these are data.
+    fn copy_some(&self, src: &Node, dst: &Node, off: u64, len: u64) -> Result<(u64, u64), Failed> {
         let found = chain::contents(src, off, len).map_err(Failed::Source)?;
         if found.zero {
             self.zero(dst, off, found.len).map_err(Failed::Target)?;
-            return Ok(found.len);
+            return Ok((found.len, 0));
         }
-        let n = found.len.min(buf.len() as u64);
-        let part = &mut buf[..n as usize];
-        src.read(off, &mut IovMut::from_slice(part)).map_err(Failed::Source)?;
-        dst.write(off, &Iov::from_slice(part), Flags::NONE).map_err(Failed::Target)?;
-        Ok(n)
+        let n = found.len.min(PIECE).min(self.plan.buf_size.max(4096));
+        let mut buf = CopyBuf::new(n as usize);
+        src.read(off, &mut IovMut::from_slice(&mut buf)).map_err(Failed::Source)?;
+        dst.write(off, &Iov::from_slice(&buf), Flags::NONE).map_err(Failed::Target)?;
+        Ok((n, n))
     }
 
     /// The granules that a range touches.
@@ -314,11 +315,30 @@ impl Mirror {
         range.start & !(granule - 1)..range.end.next_multiple_of(granule).min(self.dirty.len())
     }
 
-    /// Takes the next dirty range from `from` on, and copies it: the range, and how that went.
-    fn take_and_copy(&mut self, from: u64, most: u64) -> io::Result<Option<(Range<u64>, Copied)>> {
-        let Some(next) = self.dirty.next_dirty(from, self.dirty.len(), most) else { return Ok(None) };
-        let range = self.whole(&next);
-        let mut buf = self.buf.take().unwrap_or_else(|| self.new_buf());
+    fn cursor(&self) -> MutexGuard<'_, u64> {
+        self.at.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The next dirty range from the cursor on, of at most `most` bytes, or more if it is a hole. The
+    /// cursor is behind it then: nobody else gets it this time.
+    fn next(&self, most: u64) -> Option<Range<u64>> {
+        let mut at = self.cursor();
+        let hole = if self.plan.target.limits().cheap_zeroes { ZEROES.max(most) } else { most };
+        let mut range = self.whole(&self.dirty.next_dirty(*at, self.dirty.len(), hole)?);
+        if range.end - range.start > most {
+            // Only how much is taken depends on this look: what is there is found out when the granules
+            // are clear. So it does not matter when it fails.
+            let found = self.inside(|src, _| chain::contents(src, range.start, range.end - range.start));
+            let granule = self.dirty.granularity();
+            let hole = found.map_or(0, |f| if f.zero { f.len & !(granule - 1) } else { 0 });
+            range.end = range.end.min(range.start + hole.max(most.next_multiple_of(granule)));
+        }
+        *at = range.end;
+        Some(range)
+    }
+
+    /// Clears a range of whole granules, and copies it; if that fails it is dirty again.
+    fn take_and_copy(&self, range: &Range<u64>) -> Copied {
         let done = self.inside(|source, target| {
             // The ticket first, then the turn.
             let turn = self.both.turns.enter(range.start, range.end, true);
@@ -327,7 +347,7 @@ impl Mirror {
             if !self.bug.is(Mutant::ClearAfterRead) {
                 self.dirty.clear(range.start, range.end - range.start);
             }
-            let done = self.copy(source, target, &range, &mut buf);
+            let done = self.copy(source, target, range);
             if self.bug.is(Mutant::ClearAfterRead) {
                 self.dirty.clear(range.start, range.end - range.start);
             }
@@ -336,25 +356,24 @@ impl Mirror {
             }
             Ok(done)
         });
-        self.buf = Some(buf);
-        Ok(Some((range, done?)))
+        done.unwrap_or_else(|e| Err(Failed::Source(e)))
     }
 
-    /// Copies what is dirty from `from` on, one piece of it; answers where it ended, `None` when there
-    /// was nothing. Errors are dealt with as the policies say.
-    fn step(&mut self, cx: &JobCtx, from: u64, most: u64) -> Result<Option<u64>, Stop> {
+    /// Copies what is dirty from the cursor on, one piece of it; `None` when there was nothing.
+    fn step(&self, cx: &JobCtx, most: u64) -> Step<Failed> {
         if self.dirty.count() == 0 {
             return Ok(None);
         }
         cx.at_work();
-        let Some((range, done)) = self.take_and_copy(from, most)? else { return Ok(None) };
-        if let Err(e) = done {
-            self.failed(cx, e)?;
-            return Ok(Some(range.end));
-        }
-        cx.advance(range.end - range.start);
-        cx.remaining(self.dirty.count());
-        Ok(Some(range.end))
+        let Some(range) = self.next(most) else { return Ok(None) };
+        let len = range.end - range.start;
+        self.under_way.fetch_add(len, Ordering::SeqCst);
+        let done = self.take_and_copy(&range);
+        self.under_way.fetch_sub(len, Ordering::SeqCst);
+        done?;
+        cx.advance(len);
+        cx.remaining(self.dirty.count() + self.under_way.load(Ordering::SeqCst));
+        Ok(Some(len))
     }
 
     /// The last step, with nothing dirty: true when it was done, and the guest stays held.
@@ -378,9 +397,15 @@ impl Mirror {
         // What was under way when the job began to close.
         let mut done = 0;
         while done < LITTLE {
-            let before = cx.get_progress().offset;
-            let Some(_) = self.step(cx, 0, PIECE)? else { break };
-            done += (cx.get_progress().offset - before).max(4096);
+            *self.cursor() = 0;
+            match self.step(cx, PIECE) {
+                Ok(None) => break,
+                Ok(Some(bytes)) => done += bytes.max(4096),
+                Err(e) => {
+                    done += 4096;
+                    self.failed(cx, e)?;
+                }
+            }
         }
         if self.dirty.count() == 0 {
             match self.flush(&own[2]) {
@@ -416,7 +441,7 @@ impl Work for Mirror {
         }
         self.begin_dirty(cx)?;
         cx.remaining(self.dirty.count());
-        let (mut at, mut rounds, mut ready) = (0, 0, false);
+        let (mut rounds, mut ready) = (0, false);
         loop {
             cx.pause_point()?;
             let failed = self.both.take_error();
@@ -454,21 +479,23 @@ impl Work for Mirror {
                     return Ok(());
                 }
             }
-            let before = cx.get_progress().offset;
-            match self.step(cx, at, cx.piece(PIECE))? {
-                Some(end) => {
-                    at = end;
-                    cx.throttle(cx.get_progress().offset - before)?;
-                }
-                None if at > 0 => {
-                    at = 0;
-                    rounds = (rounds + 1).min(ROUNDS);
-                }
-                None => {
-                    cx.remaining(self.dirty.count());
-                    cx.at_rest();
-                    cx.sleep(Duration::from_millis(100))?;
-                }
+            // What the job's thread has to look after before all is gone over.
+            let called = || {
+                let ends = ready && !self.both.is(Mode::Closing) && (cx.completing() || cx.stopping());
+                ends || self.both.has_failed() || !ready && self.is_close(rounds)
+            };
+            let step = || if called() { Ok(None) } else { self.step(cx, cx.piece(PIECE)) };
+            let Some(crew) = &self.crew else { return Ok(()) };
+            if let Some(e) = crew.work(cx, step)?.into_iter().next() {
+                self.failed(cx, e)?;
+            } else if called() {
+                continue;
+            } else if std::mem::take(&mut *self.cursor()) > 0 {
+                rounds = (rounds + 1).min(ROUNDS);
+            } else {
+                cx.remaining(self.dirty.count());
+                cx.at_rest();
+                cx.sleep(Duration::from_millis(100))?;
             }
         }
     }
@@ -489,7 +516,8 @@ impl Work for Mirror {
             let e = self.both.take_error();
             return Err(wrong(e.unwrap_or_else(|| io::Error::from_raw_os_error(libc::EIO))));
         }
-        while let Some((_, done)) = self.take_and_copy(0, PIECE).map_err(wrong)? {
+        while let Some(next) = self.dirty.next_dirty(0, self.dirty.len(), PIECE) {
+            let done = self.take_and_copy(&self.whole(&next));
             done.map_err(|(Failed::Source(e) | Failed::Target(e))| wrong(e))?;
         }
         self.flush(&dst).map_err(wrong)?;

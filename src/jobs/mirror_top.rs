@@ -22,7 +22,7 @@ use crate::block::mutant::{Bug, Mutant};
 use crate::block::node::{Edge, Node, NodeOptions};
 use crate::block::serial::Serial;
 use crate::error::Result;
-use crate::sys::buf::AlignedBuf;
+use crate::sys::buf::{AlignedBuf, CopyBuf};
 use crate::sys::iov::{Iov, IovMut};
 use std::io;
 use std::ops::Range;
@@ -99,8 +99,14 @@ impl Both {
         self.mode.store(mode as u8, Ordering::SeqCst);
     }
 
-    fn is(&self, mode: Mode) -> bool {
+    /// The mode now.
+    pub fn is(&self, mode: Mode) -> bool {
         self.mode.load(Ordering::SeqCst) == mode as u8
+    }
+
+    /// There is an error for [`Both::take_error`].
+    pub fn has_failed(&self) -> bool {
+        self.lock_failed().is_some()
     }
 
     /// Why a write of the guest did not reach the target, since the last time that this was asked.
@@ -116,7 +122,6 @@ impl Both {
     fn bring(&self, source: &Node, range: Range<u64>) -> io::Result<()> {
         let target = self.target.need()?;
         let flags = if self.commit { Flags::MAY_UNMAP } else { Flags::NONE };
-        let mut buf = None;
         let mut at = range.start;
         while at < range.end {
             let found = chain::contents(source, at, range.end - at)?;
@@ -125,10 +130,10 @@ impl Both {
                 at += found.len;
                 continue;
             }
-            let buf = buf.get_or_insert_with(|| AlignedBuf::new(PIECE.min(range.end - at) as usize, 4096));
-            let n = found.len.min(buf.len() as u64);
-            source.read(at, &mut IovMut::from_slice(&mut buf[..n as usize]))?;
-            target.write(at, &Iov::from_slice(&buf[..n as usize]), Flags::NONE)?;
+            let n = found.len.min(PIECE);
+            let mut buf = CopyBuf::new(n as usize);
+            source.read(at, &mut IovMut::from_slice(&mut buf))?;
+            target.write(at, &Iov::from_slice(&buf), Flags::NONE)?;
             at += n;
         }
         Ok(())

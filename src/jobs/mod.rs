@@ -9,6 +9,7 @@
 pub mod backup;
 pub mod commit;
 pub mod create;
+mod crew;
 pub mod filter;
 pub mod job;
 pub mod layers;

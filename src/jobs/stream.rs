@@ -6,6 +6,7 @@
 //!
 //! Owns: the walk. Never: names of files (it is told them). Threads: as [`Work`] says. Locks: none.
 
+use super::crew::{Crew, PIECE, Step, Todo};
 use super::job::{After, JobCtx, Stop, Work, attach};
 use super::layers::{Found, below, find};
 use crate::block::driver::{ExtentKind, Perm};
@@ -15,10 +16,8 @@ use crate::block::mutant::{Bug, Mutant};
 use crate::block::node::Node;
 use crate::error::{Error, Result, strerror};
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
-
-/// The most that is brought up in one piece, in bytes.
-const PIECE: u64 = 1 << 20;
 
 /// What is to be done.
 pub struct Plan {
@@ -36,10 +35,20 @@ pub struct Plan {
     pub name_of: fn(&Node) -> String,
 }
 
+/// What is done with a piece.
+enum Do {
+    Nothing,
+    /// Its data are brought up.
+    BringUp,
+    /// It is made zeroes in the image itself.
+    Hide,
+}
+
 /// The job.
 pub struct Stream {
     plan: Plan,
     handle: Option<Arc<Handle>>,
+    crew: Crew,
     /// The image was read-only before.
     turn_back: bool,
     bug: Bug,
@@ -50,7 +59,8 @@ impl Stream {
     pub fn new(graph: &mut Graph, plan: Plan) -> Result<Stream> {
         let turn_back = plan.top.read_only();
         let top = plan.top.clone();
-        let mut stream = Stream { plan, handle: None, turn_back, bug: Bug::here() };
+        let crew = Crew::new(graph, &top);
+        let mut stream = Stream { plan, handle: None, crew, turn_back, bug: Bug::here() };
         let uses = Perm::CONSISTENT_READ | Perm::WRITE_UNCHANGED;
         let attached = graph.set_read_only(&top, false);
         match attached.and_then(|()| attach(graph, &top, uses, uses | Perm::WRITE)) {
@@ -65,30 +75,41 @@ impl Stream {
         }
     }
 
-    /// Does the piece at `off`; answers how long it was, and how much of it was work.
-    fn piece(&self, handle: &Handle, off: u64, len: u64, most: u64) -> io::Result<(u64, u64)> {
-        handle.inside(|top| {
-            let extent = top.status(off, len)?;
-            if extent.kind != ExtentKind::Unallocated {
-                return Ok((extent.len, 0));
-            }
-            let (found, n) = find(&self.plan.from, off, extent.len)?;
-            let based = self.plan.from.last().is_some_and(|last| below(last).is_some());
-            match found {
-                Found::Data => {
-                    let n = n.min(most);
-                    top.populate(off, n, false)?;
-                    Ok((n, n))
-                }
-                Found::Zero if based && !self.bug.is(Mutant::NoZeroes) => {
-                    // They hide what the new backing file has there.
-                    let n = n.min(1 << 30);
-                    top.populate(off, n, true)?;
-                    Ok((n, 0))
-                }
-                Found::Zero | Found::Nothing => Ok((n, 0)),
-            }
+    /// What there is to do at `off`, and for how many of `len` bytes; no more than `most` are worked on.
+    fn look(&self, top: &Node, off: u64, len: u64, most: u64) -> io::Result<(Do, u64)> {
+        let extent = top.status(off, len)?;
+        if extent.kind != ExtentKind::Unallocated {
+            return Ok((Do::Nothing, extent.len));
+        }
+        let (found, n) = find(&self.plan.from, off, extent.len)?;
+        let based = self.plan.from.last().is_some_and(|last| below(last).is_some());
+        Ok(match found {
+            Found::Data => (Do::BringUp, n.min(most)),
+            // They hide what the new backing file has there.
+            Found::Zero if based && !self.bug.is(Mutant::NoZeroes) => (Do::Hide, n.min(1 << 30)),
+            Found::Zero | Found::Nothing => (Do::Nothing, n),
         })
+    }
+
+    /// Does the next piece.
+    fn step(&self, cx: &JobCtx, handle: &Handle, todo: &Todo) -> Step<(Range<u64>, io::Error)> {
+        let look = |off, len| handle.inside(|top| self.look(top, off, len, cx.piece(PIECE)));
+        let Some((range, found)) = todo.take(look) else { return Ok(None) };
+        let len = range.end - range.start;
+        let done = found.and_then(|what| {
+            match what {
+                Do::Nothing => return Ok(0),
+                Do::BringUp => handle.inside(|top| top.populate(range.start, len, false))?,
+                Do::Hide => {
+                    handle.inside(|top| top.populate(range.start, len, true))?;
+                    return Ok(0);
+                }
+            }
+            Ok(len)
+        });
+        let work = done.map_err(|e| (range, e))?;
+        cx.advance(len);
+        Ok(Some(work))
     }
 }
 
@@ -97,25 +118,19 @@ impl Work for Stream {
         let (Some(handle), false) = (&self.handle, self.plan.from.is_empty()) else { return Ok(()) };
         let len = handle.len();
         cx.progress(0, len);
-        let mut off = 0;
+        let todo = Todo::new(len);
         let mut ignored = None;
-        while off < len {
-            cx.pause_point()?;
-            match self.piece(handle, off, len - off, cx.piece(PIECE)) {
-                Ok((n, work)) => {
-                    off += n;
-                    cx.progress(off, len);
-                    if work > 0 {
-                        cx.throttle(work)?;
-                    }
+        loop {
+            let mut failed = self.crew.work(cx, || self.step(cx, handle, &todo))?.into_iter();
+            let Some((range, e)) = failed.next() else { break };
+            // The others fail again, if they do: one error is reported at a time.
+            failed.for_each(|(range, _)| todo.give_back(range));
+            match cx.on_error(self.plan.on_error, &e, true)? {
+                After::Again => todo.give_back(range),
+                After::Ignored => {
+                    cx.advance(range.end - range.start);
+                    ignored.get_or_insert(e);
                 }
-                Err(e) => match cx.on_error(self.plan.on_error, &e, true)? {
-                    After::Again => {}
-                    After::Ignored => {
-                        off += cx.piece(PIECE).min(len - off);
-                        ignored.get_or_insert(e);
-                    }
-                },
             }
         }
         if let Some(e) = ignored {

@@ -4,7 +4,7 @@
 //! only. Threads: any spawns. Locks: none.
 
 use std::io;
-use std::thread::{Builder, JoinHandle};
+use std::thread::{Builder, JoinHandle, Scope, ScopedJoinHandle};
 
 /// Stack of a device's or a backend's thread. Deep recursion is a defect there.
 pub const SMALL_STACK: usize = 128 << 10;
@@ -21,6 +21,15 @@ pub fn spawn<T: Send + 'static>(
     run: impl FnOnce() -> T + Send + 'static,
 ) -> io::Result<JoinHandle<T>> {
     Builder::new().name(name.to_string()).stack_size(stack).spawn(run)
+}
+
+/// As [`spawn`], with [`IO_STACK`], for a thread that lives no longer than `scope`.
+pub fn spawn_scoped<'s, T: Send + 's>(
+    scope: &'s Scope<'s, '_>,
+    name: &str,
+    run: impl FnOnce() -> T + Send + 's,
+) -> io::Result<ScopedJoinHandle<'s, T>> {
+    Builder::new().name(name.to_string()).stack_size(IO_STACK).spawn_scoped(scope, run)
 }
 
 /// The calling thread's number in the host (gettid(2)).
