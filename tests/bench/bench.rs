@@ -5,13 +5,15 @@
 //! On a machine that does other things as well, start, fleet and qmp are best run in a real-time class
 //! (`chrt -f 10 just bench start fleet qmp`): else they measure the others.
 //!
-//! `only=TEXT` of nbd: the rows of images whose names have the text (`raw`, `direct`).
+//! `only=TEXT` of nbd: the rows of images whose names have the text (`raw`, `direct`); of jobs: of `cached`, `direct`, `sparse`,
+//! `guest`, which are pages. `size=MIB` (2048) of jobs: of their images.
 //!
-//!     cargo bench --bench bench -- [start|memory|fleet|qmp|disk|qcow2|jobs|nbd|throttle] … [rounds=N] [only=TEXT]
+//!     cargo bench --bench bench -- [start|memory|fleet|qmp|disk|qcow2|jobs|nbd|throttle] … [rounds=N] [only=TEXT] [size=MIB]
 
 mod disk;
 mod fleet;
 mod jobs;
+mod jobs_guest;
 mod memory;
 mod nbd;
 mod qcow2;
@@ -36,7 +38,9 @@ fn main() {
         args.iter().find_map(|a| a.strip_prefix("rounds=")).map_or(30, |n| n.parse().expect("rounds=N"));
     let names: Vec<&str> = args.iter().map(String::as_str).filter(|a| !a.contains('=')).collect();
     let only = args.iter().find_map(|a| a.strip_prefix("only=")).unwrap_or_default();
-    let bench = util::Bench::new(rounds, only.into());
+    let size =
+        args.iter().find_map(|a| a.strip_prefix("size=")).map_or(2048, |n| n.parse().expect("size=MIB"));
+    let bench = util::Bench::new(rounds, only.into(), size);
     for (name, run) in [
         ("start", start::run as fn(&util::Bench)),
         ("memory", memory::run),

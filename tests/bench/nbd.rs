@@ -30,8 +30,8 @@ fn be32(b: &[u8]) -> u32 {
     u32::from_be_bytes(b[..4].try_into().expect("four bytes"))
 }
 
-struct Client {
-    stream: UnixStream,
+pub struct Client {
+    pub stream: UnixStream,
     buf: Vec<u8>,
     at: usize,
     end: usize,
@@ -39,7 +39,7 @@ struct Client {
 
 impl Client {
     /// `hello`: with a handshake, which the floor has not.
-    fn connect(path: &Path, hello: bool) -> Client {
+    pub fn connect(path: &Path, hello: bool) -> Client {
         let start = Instant::now();
         let stream = loop {
             match UnixStream::connect(path) {
@@ -96,7 +96,7 @@ impl Client {
     }
 
     /// The next reply to end.
-    fn reply(&mut self) {
+    pub fn reply(&mut self) {
         loop {
             let head: [u8; 16] = self.take(16).try_into().expect("sixteen bytes");
             if be32(&head) == 0x6744_6698 {

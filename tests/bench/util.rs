@@ -9,13 +9,15 @@ pub struct Bench {
     pub rounds: usize,
     /// Rows whose names have this are wanted.
     only: String,
+    /// Bytes of data in the images of jobs.
+    pub size: u64,
     pub dir: PathBuf,
     pub floor: PathBuf,
     pub qemu: bool,
 }
 
 impl Bench {
-    pub fn new(rounds: usize, only: String) -> Bench {
+    pub fn new(rounds: usize, only: String, mib: u64) -> Bench {
         let dir = std::env::temp_dir().join(format!("minivmm-bench-{}", std::process::id()));
         fs::create_dir_all(&dir).expect("scratch directory");
         let floor = dir.join("floor");
@@ -26,7 +28,7 @@ impl Bench {
         if !qemu {
             println!("(no qemu-system-x86_64: its columns are left out)");
         }
-        Bench { rounds, only, dir, floor, qemu }
+        Bench { rounds, only, size: mib << 20, dir, floor, qemu }
     }
 
     /// Whether rows of that name were asked for (`only=TEXT`).
@@ -145,6 +147,15 @@ pub fn median(values: &mut [f64]) -> f64 {
 /// One line: what, ours, theirs, the ratio, and the goal.
 pub fn report(what: &str, unit: &str, ours: f64, peer: &str, theirs: f64, goal: &str) {
     println!("{what:34} {ours:9.2} {unit:6} {peer:14} {theirs:9.2}  ratio {:5.2}  {goal}", ours / theirs);
+}
+
+/// As [`report`], for a goal that is a number: the ratio is to be at most (or, `at_least`, at least) that.
+pub fn judge(what: &str, unit: &str, ours: f64, peer: &str, theirs: f64, (goal, at_least): (f64, bool)) {
+    let ratio = ours / theirs;
+    let met = if at_least { ratio >= goal } else { ratio <= goal };
+    let sign = if at_least { ">=" } else { "<=" };
+    let verdict = if met { "met" } else { "MISSED" };
+    report(what, unit, ours, peer, theirs, &format!("goal {sign} {goal:.2}: {verdict}"));
 }
 
 /// A network card on a tap of its own, for root, who may make one; for others nothing.
