@@ -1,10 +1,10 @@
 //! qcow2 images that are odd or hostile in ways that no image maker's are, and files larger than any disk here: made by
 //! hand, in memory, in a file that has holes.
 
-use minivmm::block::driver::{Driver, Extent, ExtentKind, Flags, Internal, Snapshot};
+use minivmm::block::driver::{Driver, Extent, ExtentKind, Flags, Internal, Preallocation, Snapshot};
 use minivmm::block::node::{Edge, Node, NodeOptions};
 use minivmm::qcow2::create::{self, CreateOptions};
-use minivmm::qcow2::header::Header;
+use minivmm::qcow2::header::{AUTOCLEAR_BITMAPS, BitmapsExt, Header};
 use minivmm::qcow2::open::Options;
 use minivmm::qcow2::{Qcow2, open};
 use minivmm::sys::iov::{Iov, IovMut};
@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex};
 
 #[path = "support/qcow2.rs"]
 mod support;
-use support::{Disk, Op, edge, fresh, open_image, read, write};
+use support::{Disk, Op, edge, fresh, fresh_pair, open_image, open_pair, read, write};
 
 const PAGE: u64 = 4096;
 
@@ -26,6 +26,8 @@ struct Sparse {
     len: AtomicU64,
     /// A read of this place fails, once (0: none does).
     broken: AtomicU64,
+    /// Bytes that were read.
+    read: AtomicU64,
 }
 
 struct OnSparse(Arc<Sparse>);
@@ -44,6 +46,7 @@ impl Driver for OnSparse {
         if off != 0 && self.0.broken.compare_exchange(off, 0, Ordering::SeqCst, Ordering::SeqCst).is_ok() {
             return Err(io::Error::from_raw_os_error(libc::EIO));
         }
+        self.0.read.fetch_add(to.len() as u64, Ordering::SeqCst);
         let pages = self.0.pages.lock().unwrap();
         let mut pos = 0;
         while pos < to.len() {
@@ -276,4 +279,156 @@ fn a_snapshot_too_many_for_the_refcounts_is_refused() {
         image.close().unwrap();
         sound(&image);
     }
+}
+
+fn patch(disk: &Disk, at: u64, bytes: &[u8]) {
+    disk.bytes.lock().unwrap()[at as usize..at as usize + bytes.len()].copy_from_slice(bytes);
+}
+
+fn word(disk: &Disk, at: u64) -> u64 {
+    u64::from_be_bytes(disk.bytes.lock().unwrap()[at as usize..at as usize + 8].try_into().unwrap())
+}
+
+/// An image with a snapshot, and where the entry of that is.
+fn with_snapshot(size: u64) -> (Arc<Disk>, u64) {
+    let disk = fresh(&CreateOptions { size, ..CreateOptions::default() });
+    let image = open_image(&disk, None, Options::default()).unwrap();
+    write(&image, 0, &[1; 65536]).unwrap();
+    image.create_snapshot(Snapshot { name: "s".into(), ..Snapshot::default() }).unwrap();
+    image.close().unwrap();
+    let at = word(&disk, 64);
+    (disk, at)
+}
+
+#[test]
+fn a_used_cluster_with_refcount_0_ends_writing() {
+    let disk = fresh(&CreateOptions { size: 1 << 20, ..CreateOptions::default() });
+    let image = open_image(&disk, None, Options::default()).unwrap();
+    write(&image, 0, &[1; 65536]).unwrap();
+    image.close().unwrap();
+    let cluster = first_data(&image) >> 16;
+    let block = word(&disk, word(&disk, 48));
+    patch(&disk, block + 2 * cluster, &[0, 0]);
+    let image = open_image(&disk, None, Options::default()).unwrap();
+    image.discard(0, 65536).unwrap();
+    assert!(image.flush().is_err());
+    assert_eq!(write(&image, 0, &[2; 512]).unwrap_err().raw_os_error(), Some(libc::EIO));
+    assert_eq!(disk.copy()[79] & 2, 2, "the corrupt bit");
+    assert!(open_image(&disk, None, Options::default()).is_err());
+}
+
+#[test]
+fn a_snapshot_table_that_ends_behind_all_numbers_is_refused() {
+    let (disk, at) = with_snapshot(1 << 20);
+    patch(&disk, at, &0xffff_ffff_ffff_0000u64.to_be_bytes());
+    patch(&disk, at + 8, &(1u32 << 14).to_be_bytes());
+    let error = open_image(&disk, None, Options::default()).map(drop).unwrap_err();
+    assert!(error.to_string().contains("snapshot table entry 0"), "{error}");
+}
+
+#[test]
+fn a_snapshot_that_names_one_table_often_is_not_walked() {
+    let (disk, at) = with_snapshot(8 << 29);
+    let l1 = word(&disk, at);
+    let first = word(&disk, l1);
+    (1..8).for_each(|i| patch(&disk, l1 + 8 * i, &first.to_be_bytes()));
+    let image = open_image(&disk, None, Options::default()).unwrap();
+    assert!(image.apply_snapshot(None, Some("s")).is_err());
+    assert_eq!(disk.copy()[79] & 2, 2, "the corrupt bit");
+}
+
+#[test]
+fn bitmap_tables_in_holes_cost_little() {
+    let file = Sparse::image(&CreateOptions { size: 1 << 20, cluster_size: 512, ..CreateOptions::default() });
+    let (place, count) = (1u64 << 30, 64u32);
+    let mut directory = Vec::new();
+    for i in 0..count {
+        directory.extend_from_slice(&((1 << 31) + u64::from(i) * (8 << 20)).to_be_bytes());
+        directory.extend_from_slice(&(1u32 << 20).to_be_bytes());
+        // In use; a kind of dirty tracking of 512 bytes, and a name of four letters.
+        directory.extend_from_slice(&[0, 0, 0, 1, 1, 9, 0, 4, 0, 0, 0, 0]);
+        directory.extend_from_slice(format!("{i:04}\0\0\0\0").as_bytes());
+    }
+    let mut header = file.header();
+    header.bitmaps = Some(BitmapsExt { count, size: directory.len() as u64, offset: place });
+    header.autoclear |= AUTOCLEAR_BITMAPS;
+    file.put(0, &header.to_bytes().unwrap());
+    file.put(place, &directory);
+    file.len.store(1 << 32, Ordering::SeqCst);
+    file.read.store(0, Ordering::SeqCst);
+    let error = file.open(Options::default()).map(drop).unwrap_err();
+    assert!(error.to_string().contains("entries"), "{error}");
+    let bytes = file.read.load(Ordering::SeqCst);
+    assert!(bytes < 1 << 20, "{bytes} bytes were read");
+}
+
+#[test]
+fn the_repair_of_a_file_of_holes_reads_little() {
+    const TABLES: u64 = 8192;
+    let file = Sparse::image(&CreateOptions { size: TABLES << 29, ..CreateOptions::default() });
+    let header = file.header();
+    let l1: Vec<u8> =
+        (0..TABLES).flat_map(|i| ((1u64 << 63) + (1 << 40) + (i << 16)).to_be_bytes()).collect();
+    file.put(header.l1_offset, &l1);
+    let blocks: Vec<u8> = (0..1000).flat_map(|i| ((1u64 << 41) + (i << 16)).to_be_bytes()).collect();
+    file.put(header.reftable_offset + 8 * 2000, &blocks);
+    file.put(79, &[1]);
+    file.len.store(1 << 42, Ordering::SeqCst);
+    file.read.store(0, Ordering::SeqCst);
+    let image = file.open(Options::default()).expect("repaired");
+    let bytes = file.read.load(Ordering::SeqCst);
+    assert!(bytes < 16 << 20, "{bytes} bytes were read");
+    sound(&image);
+    write(&image, (TABLES << 29) - 512, &[7; 512]).unwrap();
+    image.close().unwrap();
+    let image = file.open(Options::default()).unwrap();
+    assert_eq!(read(&image, (TABLES << 29) - 512, 512).unwrap(), [7; 512]);
+    sound(&image);
+}
+
+#[test]
+fn a_growth_that_fails_leaks_nothing() {
+    let options = CreateOptions { size: 1 << 20, ..CreateOptions::default() };
+    for how in [Preallocation::Metadata, Preallocation::Falloc, Preallocation::Full] {
+        for nth in 1..100 {
+            let disk = fresh(&options);
+            let image = open_image(&disk, None, Options::default()).unwrap();
+            write(&image, 0, &[1; 65536]).unwrap();
+            // So that what is preallocated is not at the end of the file.
+            image.flush().unwrap();
+            disk.fail_after.store(nth, Ordering::SeqCst);
+            disk.fail_once.store(true, Ordering::SeqCst);
+            let grown = image.resize_with(2 << 20, how);
+            if disk.fail_after.swap(0, Ordering::SeqCst) != 0 {
+                assert!(grown.is_ok() && nth > 3, "{grown:?}");
+                break;
+            }
+            image.close().unwrap();
+            let image = open_image(&disk, None, Options::default()).unwrap();
+            let report = image.check().unwrap();
+            assert!(report.errors.is_empty() && report.leaks == 0, "{how:?}, step {nth}: {report:?}");
+            assert_eq!(read(&image, 0, 65536).unwrap(), [1; 65536]);
+        }
+    }
+}
+
+#[test]
+fn a_data_file_that_cannot_shrink_is_no_failure() {
+    let options = CreateOptions { size: 1 << 20, data_file: Some("d".into()), ..CreateOptions::default() };
+    for nth in 1..5 {
+        let (disk, outside) = fresh_pair(&options);
+        let image = open_pair(&disk, &outside, None, Options::default()).unwrap();
+        write(&image, 0, &[1; 65536]).unwrap();
+        let data = outside.as_ref().unwrap();
+        data.fail_after.store(nth, Ordering::SeqCst);
+        let done = image.resize(65536);
+        let failed = data.fail_after.swap(0, Ordering::SeqCst) == 1;
+        // Done, or as before.
+        assert_eq!(image.len(), if done.is_ok() { 65536 } else { 1 << 20 }, "step {nth}: {done:?}");
+        if !failed {
+            assert!(nth > 1, "nothing failed");
+            return;
+        }
+    }
+    panic!("a data file has few steps to take");
 }

@@ -18,6 +18,8 @@ pub const MAX_BITMAPS: usize = 65535;
 pub const MAX_DIRECTORY: u64 = 1024 * 65535;
 /// Longest table in entries.
 const MAX_TABLE: u64 = 0x800_0000;
+/// Most entries of all tables together: more than data that are loaded ever need.
+const MAX_ENTRIES: u64 = 1 << 22;
 /// Most bytes of one bitmap's data.
 const MAX_DATA: u64 = 512 << 20;
 
@@ -106,6 +108,7 @@ pub fn read(file: &Node, geo: &Geometry, len: u64, ext: &BitmapsExt) -> io::Resu
     read_padded(file, ext.offset, &mut bytes)?;
     let mut list: Vec<Stored> = Vec::new();
     let mut names = HashSet::new();
+    let mut all = 0;
     let mut rest = bytes.as_slice();
     while !rest.is_empty() {
         let broken = || bad("Broken bitmap directory");
@@ -136,6 +139,12 @@ pub fn read(file: &Node, geo: &Geometry, len: u64, ext: &BitmapsExt) -> io::Resu
                     != u64::from(entries));
         if wrong {
             return Err(unfit());
+        }
+        all += u64::from(entries);
+        if all > MAX_ENTRIES {
+            return Err(bad(format!(
+                "The tables of the image's bitmaps have more than {MAX_ENTRIES} entries"
+            )));
         }
         if !names.insert(name) {
             return Err(bad(format!("Bitmap already exists: {shown}")));

@@ -13,6 +13,7 @@ use super::cache::ByOffset;
 use super::header::INCOMPAT_DIRTY;
 use super::meta::{Meta, read_padded};
 use super::types::{COMPRESSED, COPIED, OFFSET_MASK, REFTABLE_MASK, be64};
+use crate::block::driver::ExtentKind;
 use crate::block::node::Node;
 use std::collections::{HashMap, HashSet};
 use std::io;
@@ -139,6 +140,9 @@ impl Walk<'_> {
                 self.report.error(format!("L2 table at {table:#x} is used twice"));
                 continue;
             }
+            if self.meta.is_hole(self.file, table, Kind::L2) {
+                continue;
+            }
             for page in (table..table + geo.cluster_size()).step_by(geo.page_size() as usize) {
                 self.meta.load_l2(self.file, page)?;
                 let words = self.meta.l2.get(page).unwrap_or(&[]).to_vec();
@@ -202,7 +206,8 @@ impl Walk<'_> {
         }
         let bits = self.meta.geo.block_bits();
         for i in 0..self.meta.reftable.entries.len() as u64 {
-            if self.meta.reftable.entries[i as usize] & REFTABLE_MASK == 0 {
+            let block = self.meta.reftable.entries[i as usize] & REFTABLE_MASK;
+            if block == 0 || self.meta.is_hole(self.file, block, Kind::Refcounts) {
                 continue;
             }
             for k in i << bits..(i + 1) << bits {
@@ -218,7 +223,28 @@ impl Walk<'_> {
     }
 }
 
+/// What a cluster with a table is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    L2,
+    Refcounts,
+}
+
 impl Meta {
+    /// True when the table in the cluster at `offset` is all zeroes because nothing was ever written
+    /// there, neither to the file nor in memory. An image file of a few megabytes may name terabytes
+    /// of them.
+    fn is_hole(&self, file: &Node, offset: u64, kind: Kind) -> bool {
+        let size = self.geo.cluster_size();
+        let pages = if kind == Kind::L2 { &self.l2 } else { &self.refs };
+        let mut places = (offset..offset.saturating_add(size)).step_by(self.geo.page_size() as usize);
+        if places.any(|page| pages.has(page)) {
+            return false;
+        }
+        offset >= self.file_len
+            || file.status(offset, size).is_ok_and(|e| e.kind == ExtentKind::Zero && e.len >= size)
+    }
+
     /// Compares the COPIED flags of the active L1 entry `i` and its table with the refcounts:
     /// sets them right, or, with a report, notes what is wrong.
     pub(super) fn fix_copied(
@@ -239,6 +265,9 @@ impl Meta {
                 None => self.l1.set(i, entry ^ COPIED),
                 Some(r) => r.error(format!("COPIED of L2 table {table:#x} is wrong")),
             }
+        }
+        if self.is_hole(file, table, Kind::L2) {
+            return Ok(());
         }
         for page in (table..table + geo.cluster_size()).step_by(geo.page_size() as usize) {
             self.load_l2(file, page)?;

@@ -50,6 +50,7 @@
 //! An in-place write followed by a flush finds nothing dirty and costs one sync.
 
 use super::Qcow2;
+use super::corrupt::corrupt;
 use super::meta::{Freed, Meta, write_all};
 use super::mutant::Mutant;
 use crate::block::debug::BlkdebugEvent;
@@ -304,7 +305,10 @@ impl Qcow2 {
         for freed in list {
             for k in freed.first..freed.first + freed.count {
                 match meta.refcount(file, k) {
-                    Ok(0) => log::warn!("qcow2: cluster {k:#x} was freed but has refcount 0"),
+                    // Who knows whose it is, and which other refcounts are wrong.
+                    Ok(0) => {
+                        return Err(corrupt(format!("cluster {k:#x} was in use but has refcount 0")));
+                    }
                     Ok(1) => match last.last_mut() {
                         Some(l) if l.first + l.count == k && l.punch == freed.punch => l.count += 1,
                         _ => last.push(Freed { first: k, count: 1, punch: freed.punch }),

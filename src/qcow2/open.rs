@@ -347,6 +347,9 @@ impl Meta {
             if offset & (self.geo.cluster_size() - 1) != 0 {
                 return bad("L1 table offset is not aligned");
             }
+            if offset > OFFSET_MASK - header::MAX_L1_BYTES {
+                return bad("L1 table lies outside of any file");
+            }
             clusters += (count * 8) >> self.geo.cluster_bits;
             if clusters > MAX_SNAPSHOT_CLUSTERS {
                 return bad("L1 tables too large");

@@ -58,14 +58,19 @@ impl Qcow2 {
             if self.data_file.is_some() {
                 len = len.min(size - p.host);
             }
-            match how {
-                Preallocation::Falloc => data.zero(p.host, len, Flags::NONE)?,
-                Preallocation::Full => write_data(&data, p.host, len)?,
+            let done = match how {
+                Preallocation::Falloc => data.zero(p.host, len, Flags::NONE),
+                Preallocation::Full => write_data(&data, p.host, len),
                 // An external data file may have had other contents; holes in it are as good.
-                _ if self.data_file.is_some() => data.zero(p.host, len, Flags::MAY_UNMAP)?,
-                _ if !p.fresh => write_zeroes(&data, p.host, len)?,
-                _ => {}
+                _ if self.data_file.is_some() => data.zero(p.host, len, Flags::MAY_UNMAP),
+                _ if !p.fresh => write_zeroes(&data, p.host, len),
+                _ => Ok(()),
+            };
+            if done.is_err() && self.data_file.is_none() {
+                // Nothing refers to them.
+                self.lock().free(p.host, p.count, true);
             }
+            done?;
             let linked = self.lock().link_piece(&file, &p);
             self.judge(linked)?;
             c = p.first + p.count;

@@ -126,8 +126,10 @@ impl Qcow2 {
                 log::warn!("qcow2: clusters behind the new end of the disk are not freed: {e}");
             }
         }
-        if let Some(edge) = &self.data_file {
-            self.node(edge)?.resize(len)?;
+        if let Some(edge) = &self.data_file
+            && let Err(e) = self.node(edge).and_then(|data| data.resize(len))
+        {
+            log::warn!("qcow2: the data file stays longer than the disk: {e}");
         }
         Ok(())
     }

@@ -33,6 +33,7 @@ use super::types::{COPIED, OFFSET_MASK, be32, be64};
 use super::{Exclusive, Qcow2};
 use crate::block::driver::Snapshot;
 use crate::block::node::Node;
+use std::collections::HashSet;
 use std::io;
 use std::sync::atomic::Ordering;
 
@@ -219,7 +220,12 @@ impl Qcow2 {
     /// Raises or drops all references of the tables in `l1`.
     fn change(&self, l1: &[u64], what: Change) -> io::Result<()> {
         let file = self.file()?;
+        // One that is named a million times would keep us for hours.
+        let mut seen = HashSet::new();
         for table in l1.iter().map(|e| e & OFFSET_MASK).filter(|t| *t != 0) {
+            if !seen.insert(table) {
+                return Err(super::corrupt::corrupt(format!("L2 table {table:#x} is used twice")));
+            }
             let mut meta = self.lock();
             let size = meta.geo.cluster_size();
             if table & (size - 1) != 0 || table.saturating_add(size) > meta.geo.round_up(meta.file_len) {
@@ -266,6 +272,9 @@ impl Qcow2 {
         let file = self.file()?;
         let mut bytes = Vec::new();
         entries.iter().for_each(|e| e.write(&mut bytes));
+        if bytes.len() as u64 > MAX_TABLE {
+            return Err(io::Error::from_raw_os_error(libc::EFBIG));
+        }
         let mut meta = self.lock();
         let geo = meta.geo;
         let old = (meta.header.snapshots_offset, meta.header.snapshots);
