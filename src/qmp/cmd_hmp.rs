@@ -98,17 +98,17 @@ impl<'a> Words<'a> {
 
 /// The error is the human's text too.
 fn qemu_io(cx: &mut Cx, words: &mut Words) -> std::result::Result<String, String> {
-    let missing = "qemu-io: string expected\r\nTry \"help qemu-io\" for more information\r\n".to_string();
+    let wrong = |what: &str| format!("qemu-io: {what}\r\nTry \"help qemu-io\" for more information\r\n");
     let mut of_device = false;
     if words.0.trim_start().starts_with("-d ") {
         words.bare();
         of_device = true;
     }
-    let name = words.quoted().ok_or(missing.clone())?;
-    let line = words.quoted().ok_or(missing)?;
+    let name = words.quoted().ok_or_else(|| wrong("block device name expected"))?;
+    let line = words.quoted().ok_or_else(|| wrong("string expected"))?;
     let reopens = line.split(' ').find(|w| !w.is_empty()) == Some("reopen");
     if !words.0.trim().is_empty() {
-        return Err("qemu-io: extraneous characters at the end of line\r\n".to_string());
+        return Err(wrong("extraneous characters at the end of line"));
     }
     if of_device {
         let lost = format!("Error: Device '{name}' not found\r\n");

@@ -19,17 +19,19 @@ fn with_drive(dir: &Scratch) -> Qmp {
 fn texts_of_the_human_monitor() {
     let dir = Scratch::new("hmp-texts");
     let mut q = with_drive(&dir);
-    let missing = "qemu-io: string expected\r\nTry \"help qemu-io\" for more information\r\n";
+    let wrong = |what: &str| format!("qemu-io: {what}\r\nTry \"help qemu-io\" for more information\r\n");
+    let (missing, nameless) = (&*wrong("string expected"), &*wrong("block device name expected"));
+    let extra = &*wrong("extraneous characters at the end of line");
     for (line, want) in [
         ("", ""),
         ("   ", ""),
         ("nosuch", "unknown command: 'nosuch'\r\n"),
         ("info nosuch", "unknown command: 'info nosuch'\r\n"),
         ("info status", "VM status: paused (prelaunch)\r\n"),
-        ("qemu-io", missing),
+        ("qemu-io", nameless),
         ("qemu-io d0", missing),
         ("qemu-io d0 \"read 0 1", missing),
-        ("qemu-io d0 length x", "qemu-io: extraneous characters at the end of line\r\n"),
+        ("qemu-io d0 length x", extra),
         ("qemu-io zz length", "Error: Cannot find device='' nor node-name='zz'\r\n"),
         ("qemu-io -d zz length", "Error: Device 'zz' not found\r\n"),
         ("qemu-io d0 \"sleep 0\"", ""),
