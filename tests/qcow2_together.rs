@@ -18,6 +18,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use support::*;
 
+#[cfg(feature = "luks")]
 const PASSWORD: &str = "correct horse";
 const SECRET: &str = "secret,id=s,data=correct horse";
 const GRANULE: u64 = 4096;

@@ -243,7 +243,8 @@ impl Backup {
         };
         let mut wrong = None;
         let taken = todo.take(|off, len| {
-            inside(&|| self.look(off, len, cx.piece(PIECE))).map_err(|e| {
+            // As long as QEMU's, whatever the speed: that says how long to wait after a piece.
+            inside(&|| self.look(off, len, PIECE)).map_err(|e| {
                 wrong = Some(e);
                 io::ErrorKind::Other.into()
             })
@@ -266,7 +267,7 @@ impl Backup {
         }
         cx.progress(self.total.saturating_sub(copies.left()), self.total);
         // Nobody waits after the last piece.
-        Ok(Some(bytes).filter(|_| !todo.is_empty()))
+        Ok(Some(bytes).filter(|_| !todo.is_empty() && copies.left() > 0))
     }
 
     fn copy_all(&mut self, cx: &JobCtx) -> Result<(), Stop> {
@@ -294,6 +295,10 @@ fn remove(graph: &mut Graph, filter: &Arc<Node>) {
 }
 
 impl Work for Backup {
+    fn len(&self) -> Option<u64> {
+        (self.sync != Sync::Top).then_some(self.total)
+    }
+
     fn run(&mut self, cx: &JobCtx) -> Result<(), Stop> {
         if let (true, Some(s)) = (self.bug.is(Mutant::LateFreeze), &self.bitmap) {
             s.node.create_successor(&s.bitmap)?;

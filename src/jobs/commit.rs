@@ -101,7 +101,8 @@ impl Commit {
         let copied = found.map_err(|e| (e, true)).and_then(|found| self.copy(src, dst, found, &range));
         let work = copied.map_err(|(e, read)| (range.clone(), e, read))?;
         cx.advance(range.end - range.start);
-        Ok(Some(work))
+        // Nobody waits after the last piece.
+        Ok(Some(work).filter(|_| !todo.is_empty()))
     }
 
     /// Writes down what was found; answers how much work that was.
@@ -173,12 +174,14 @@ impl Commit {
 }
 
 impl Work for Commit {
+    fn len(&self) -> Option<u64> {
+        self.src.as_ref().map(|h| h.len())
+    }
+
     fn run(&mut self, cx: &JobCtx) -> Result<(), Stop> {
         let (Some(src), Some(dst)) = (self.src.clone(), self.dst.clone()) else { return Ok(()) };
-        let len = src.len();
-        cx.progress(0, len);
         let Some(crew) = &self.crew else { return Ok(()) };
-        let todo = Todo::new(len);
+        let todo = Todo::new(src.len());
         loop {
             let mut failed = crew.work(cx, || self.step(cx, &src, &dst, &todo))?.into_iter();
             let Some((range, e, read)) = failed.next() else { break };

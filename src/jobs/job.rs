@@ -57,6 +57,12 @@ impl From<io::Error> for Stop {
 
 /// What a kind of job does. See the module's head.
 pub trait Work: Send {
+    /// How much there is to do, in bytes, if that is known before it begins: who asks for the progress
+    /// of a job that was just started is told.
+    fn len(&self) -> Option<u64> {
+        None
+    }
+
     /// The work, on the job's thread.
     fn run(&mut self, cx: &JobCtx) -> Result<(), Stop>;
 
@@ -267,7 +273,11 @@ impl Shared {
         work: Box<dyn Work>,
     ) -> Result<JoinHandle<()>, (Box<dyn Work>, io::Error)> {
         let shared = self.clone();
-        self.lock().busy = true;
+        {
+            let mut state = self.lock();
+            state.busy = true;
+            state.progress.len = work.len().unwrap_or(0);
+        }
         // Not lost in a closure that is never called.
         let parcel = Arc::new(Mutex::new(Some(work)));
         let mine = parcel.clone();

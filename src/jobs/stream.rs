@@ -109,16 +109,19 @@ impl Stream {
         });
         let work = done.map_err(|e| (range, e))?;
         cx.advance(len);
-        Ok(Some(work))
+        // Nobody waits after the last piece.
+        Ok(Some(work).filter(|_| !todo.is_empty()))
     }
 }
 
 impl Work for Stream {
+    fn len(&self) -> Option<u64> {
+        self.handle.as_ref().filter(|_| !self.plan.from.is_empty()).map(|h| h.len())
+    }
+
     fn run(&mut self, cx: &JobCtx) -> Result<(), Stop> {
         let (Some(handle), false) = (&self.handle, self.plan.from.is_empty()) else { return Ok(()) };
-        let len = handle.len();
-        cx.progress(0, len);
-        let todo = Todo::new(len);
+        let todo = Todo::new(handle.len());
         let mut ignored = None;
         loop {
             let mut failed = self.crew.work(cx, || self.step(cx, handle, &todo))?.into_iter();
