@@ -445,6 +445,8 @@ impl Jobs {
         }
         job.work = Some(work);
         job.done = true;
+        // It came to its end before it came to the pause that it was told.
+        job.user_paused = false;
         if let Err(super::job::Stop::Failed(e)) = result {
             job.error = Some(e);
         }

@@ -375,6 +375,23 @@ fn ready_jobs_complete_or_are_cancelled_softly_or_not() {
 }
 
 #[test]
+fn a_job_that_ends_before_it_pauses_is_not_paused() {
+    let (go, gone) = channel();
+    let mut desk = Desk::new();
+    let script = Script::new(move |_| {
+        let _ = gone.recv();
+        Ok(())
+    });
+    let key = desk.go(Spec { auto_finalize: false, ..spec("p") }, script);
+    desk.jobs.pause(key).unwrap();
+    go.send(()).unwrap();
+    desk.until("p pending");
+    assert!(!desk.jobs.query()[0].paused, "nobody could resume it any more");
+    desk.jobs.cancel_block(&mut desk.graph, key, false).unwrap();
+    desk.until("p CANCELLED");
+}
+
+#[test]
 fn a_ready_job_at_rest_is_not_busy_though_its_thread_runs() {
     let (go, gone) = channel();
     let (told, tells) = channel();
