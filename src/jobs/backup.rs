@@ -295,7 +295,7 @@ fn remove(graph: &mut Graph, filter: &Arc<Node>) {
 }
 
 impl Work for Backup {
-    fn len(&self) -> Option<u64> {
+    fn total(&self) -> Option<u64> {
         (self.sync != Sync::Top).then_some(self.total)
     }
 

@@ -174,7 +174,7 @@ impl Commit {
 }
 
 impl Work for Commit {
-    fn len(&self) -> Option<u64> {
+    fn total(&self) -> Option<u64> {
         self.src.as_ref().map(|h| h.len())
     }
 

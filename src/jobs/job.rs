@@ -59,7 +59,7 @@ impl From<io::Error> for Stop {
 pub trait Work: Send {
     /// How much there is to do, in bytes, if that is known before it begins: who asks for the progress
     /// of a job that was just started is told.
-    fn len(&self) -> Option<u64> {
+    fn total(&self) -> Option<u64> {
         None
     }
 
@@ -276,7 +276,7 @@ impl Shared {
         {
             let mut state = self.lock();
             state.busy = true;
-            state.progress.len = work.len().unwrap_or(0);
+            state.progress.len = work.total().unwrap_or(0);
         }
         // Not lost in a closure that is never called.
         let parcel = Arc::new(Mutex::new(Some(work)));

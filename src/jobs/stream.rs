@@ -115,7 +115,7 @@ impl Stream {
 }
 
 impl Work for Stream {
-    fn len(&self) -> Option<u64> {
+    fn total(&self) -> Option<u64> {
         self.handle.as_ref().filter(|_| !self.plan.from.is_empty()).map(|h| h.len())
     }
 
