@@ -11,13 +11,13 @@ run CONFIG="fixtures/hello.toml" *ARGS:
 # unit, property, guest, hostile-guest and QMP tests; no network, no root needed (what is skipped says so)
 test *ARGS:
     cargo test --no-fail-fast {{ARGS}}
-    [ -n '{{ARGS}}' ] || cargo test --no-fail-fast --features luks --test luks
+    [ -n '{{ARGS}}' ] || cargo test --no-fail-fast --features luks --test luks --test qcow2_together
 
 # formatting, clippy with warnings as errors, documentation
 lint:
     cargo fmt --check
     cargo clippy --all-targets -- -D warnings
-    cargo clippy --features luks --lib --test luks -- -D warnings
+    cargo clippy --features luks --lib --test luks --test qcow2_together -- -D warnings
     RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --quiet
 
 # stock Debian Linux as the guest (see tests/lab/README.md)
@@ -31,7 +31,7 @@ transcripts *NAMES:
 # the long runs of the property, crash and stress tests: MINUTES each
 soak MINUTES="10":
     SOAK=$(( {{MINUTES}} * 60 )) cargo test --release -- --nocapture --test-threads 1
-    SOAK=$(( {{MINUTES}} * 60 )) cargo test --release --features luks --test luks -- --nocapture --test-threads 1
+    SOAK=$(( {{MINUTES}} * 60 )) cargo test --release --features luks --test luks --test qcow2_together -- --nocapture --test-threads 1
 
 # libFuzzer on the qcow2 driver: MINUTES, from the kept inputs on (cargo-fuzz and a nightly toolchain)
 fuzz MINUTES="60":
