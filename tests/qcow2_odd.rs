@@ -432,3 +432,92 @@ fn a_data_file_that_cannot_shrink_is_no_failure() {
     }
     panic!("a data file has few steps to take");
 }
+
+/// What the tests below need of an image with one allocated cluster: its L2 table, and where a
+/// cluster's refcount (of 16 bits) is.
+fn l2_and_refcount(disk: &Disk, k: u64) -> (u64, u64) {
+    let table = word(disk, word(disk, 40)) & 0x00ff_ffff_ffff_fe00;
+    (table, word(disk, word(disk, 48)) + 2 * k)
+}
+
+const COPIED: u64 = 1 << 63;
+
+/// A run of zero clusters that call their places their own, the second of which is the place of
+/// their own table.
+#[test]
+fn no_cluster_of_a_run_may_be_metadata() {
+    let disk = fresh(&CreateOptions { size: 1 << 20, cluster_size: 4096, ..CreateOptions::default() });
+    let image = open_image(&disk, None, Options::default()).unwrap();
+    write(&image, 0, &[1; 4096]).unwrap();
+    image.close().unwrap();
+    let (old, _) = l2_and_refcount(&disk, 0);
+    let free = (disk.copy().len() as u64).next_multiple_of(4096);
+    let table = free + 4096;
+    let copy = disk.copy()[old as usize..old as usize + 4096].to_vec();
+    write(&support::OnDisk(disk.clone()), table, &copy).unwrap();
+    patch(&disk, word(&disk, 40), &(table | COPIED).to_be_bytes());
+    patch(&disk, table + 8, &(free | COPIED | 1).to_be_bytes());
+    patch(&disk, table + 16, &(table | COPIED | 1).to_be_bytes());
+    let (_, refcount) = l2_and_refcount(&disk, free / 4096);
+    patch(&disk, refcount, &[0, 1, 0, 1]);
+    let before = disk.copy()[table as usize..].to_vec();
+    let image = open_image(&disk, None, Options::default()).unwrap();
+    assert_eq!(write(&image, 4096, &[7; 8192]).unwrap_err().raw_os_error(), Some(libc::EIO));
+    assert!(disk.copy()[table as usize..][..4096] == before[..4096], "guest data went over the L2 table");
+    assert_eq!(disk.copy()[79] & 2, 2, "the corrupt bit");
+}
+
+/// A cluster with subclusters whose first is zeroes and whose place is `host`, over a backing file.
+fn place_without_data(host: u64) -> (Arc<Disk>, Qcow2) {
+    let options =
+        CreateOptions { size: 1 << 20, cluster_size: 16384, extended_l2: true, ..CreateOptions::default() };
+    let disk = fresh(&options);
+    let image = open_image(&disk, None, Options::default()).unwrap();
+    write(&image, 0, &[1; 16384]).unwrap();
+    image.close().unwrap();
+    let (table, refcount) = l2_and_refcount(&disk, host / 16384);
+    let host = if host == 0 { table } else { host };
+    patch(&disk, table, &(host | COPIED).to_be_bytes());
+    patch(&disk, table + 8, &(1u64 << 32).to_be_bytes());
+    patch(&disk, refcount, &[0, 1]);
+    let backing = support::node(&Disk::new(vec![5; 1 << 20]));
+    let image = open_image(&disk, Some(backing), Options::default()).unwrap();
+    (disk, image)
+}
+
+#[test]
+fn what_is_brought_up_goes_over_no_metadata() {
+    let (disk, image) = place_without_data(0);
+    let (table, _) = l2_and_refcount(&disk, 0);
+    let before = disk.copy()[table as usize..][..16384].to_vec();
+    assert_eq!(image.populate(0, 16384, false).unwrap_err().raw_os_error(), Some(libc::EIO));
+    assert!(disk.copy()[table as usize..][..16384] == before, "it went over the L2 table");
+}
+
+#[test]
+fn what_is_brought_up_behind_the_end_of_the_file_stays() {
+    let (_disk, image) = place_without_data(100 * 16384);
+    image.populate(0, 16384, false).unwrap();
+    // The file grows; it must not become shorter.
+    write(&image, 16384, &[2; 16384]).unwrap();
+    let expected = [vec![0; 512], vec![5; 16384 - 512], vec![2; 16384]].concat();
+    assert!(read(&image, 0, 32768).unwrap() == expected, "what was brought up is lost");
+    image.close().unwrap();
+    assert!(read(&image, 0, 32768).unwrap() == expected, "what was brought up is lost at the end");
+}
+
+/// The data file ends where the disk does: a device, say, has no more.
+#[test]
+fn what_is_brought_up_does_not_go_behind_the_end_of_a_data_file() {
+    for extended_l2 in [false, true] {
+        let size = (1 << 20) + 512;
+        let options =
+            CreateOptions { size, data_file: Some("d".into()), extended_l2, ..CreateOptions::default() };
+        let (disk, outside) = fresh_pair(&options);
+        let backing = support::node(&Disk::new(vec![5; 2 << 20]));
+        let image = open_pair(&disk, &outside, Some(backing), Options::default()).unwrap();
+        image.populate(0, size, false).unwrap();
+        image.close().unwrap();
+        assert!(outside.unwrap().copy() == vec![5; size as usize]);
+    }
+}

@@ -95,11 +95,8 @@ impl Meta {
             }
             (k << geo.cluster_bits, true, fresh)
         };
-        if ours && !geo.external && (host == 0 || self.tables.contains(&geo.cluster(host))) {
-            return Err(corrupt(self.overlap(&(host..host + (count << geo.cluster_bits)))));
-        }
-        if ours && !geo.external && host + (count << geo.cluster_bits) > self.file_len {
-            self.grow_for(file, host, count << geo.cluster_bits)?;
+        if ours {
+            self.prepare_own(file, host, count)?;
         }
         // What a new cluster takes over from an old one is copied whole; else whole units.
         let unit = |e: &Entry| match new && (e.data != 0 || e.compressed.is_some()) {
@@ -465,6 +462,19 @@ impl Meta {
     /// True when it is time for a checkpoint before more is changed.
     pub fn wants_checkpoint(&self) -> bool {
         self.l2.is_full() || self.refs.is_full() || self.freed.len() > 4096
+    }
+
+    /// Before `count` clusters from `host` on are written that an entry calls its own, whether or not
+    /// they hold data: no metadata may be in any of them, and the file must go that far.
+    pub fn prepare_own(&mut self, file: &Node, host: u64, count: u64) -> io::Result<()> {
+        let len = count << self.geo.cluster_bits;
+        if self.geo.external {
+            return Ok(());
+        }
+        if self.geo.clusters(host, len).any(|k| k == 0 || self.tables.contains(&k)) {
+            return Err(corrupt(self.overlap(&(host..host + len))));
+        }
+        if host + len > self.file_len { self.grow_for(file, host, len) } else { Ok(()) }
     }
 
     /// Makes room in the file for an in-place write behind its end, if the metadata agree that

@@ -74,7 +74,7 @@ impl Meta {
         };
         self.in_flight.push(c..c + count);
         let write = c << geo.cluster_bits..(c + count) << geo.cluster_bits;
-        let data = write.end..write.end;
+        let data = write.start..write.start;
         Ok(Step::Fill(Plan { range: c..c + count, host, new: true, fresh, write, data }))
     }
 
@@ -96,7 +96,10 @@ impl Meta {
         let place = |unit: u64| (c << geo.cluster_bits) + (unit << geo.unit_bits());
         let ours = old.host.filter(|_| old.copied || geo.external);
         let (host, new, fresh, write) = match ours {
-            Some(host) => (host, false, false, place(first)..place(stop)),
+            Some(host) => {
+                self.prepare_own(file, host, 1)?;
+                (host, false, false, place(first)..place(stop))
+            }
             None if geo.external => (c << geo.cluster_bits, true, false, place(first)..place(stop)),
             None => {
                 let (k, _, fresh) = self.alloc_run(file, 1)?;
@@ -106,7 +109,7 @@ impl Meta {
             }
         };
         self.in_flight.push(c..c + 1);
-        let data = write.end..write.end;
+        let data = write.start..write.start;
         Ok(Step::Fill(Plan { range: c..c + 1, host, new, fresh, write, data }))
     }
 }
