@@ -521,3 +521,34 @@ fn what_is_brought_up_does_not_go_behind_the_end_of_a_data_file() {
         assert!(outside.unwrap().copy() == vec![5; size as usize]);
     }
 }
+
+/// An entry says that a cluster of the disk is where the L1 table is. Who discards it must not set that
+/// table free, or the next cluster that is allocated goes over it.
+#[test]
+fn metadata_are_not_set_free_with_a_cluster() {
+    type Give = fn(&Qcow2) -> io::Result<()>;
+    let discard: Give = |image| image.discard(65536, 65536);
+    let unmap: Give = |image| image.zero(65536, 65536, Flags::MAY_UNMAP);
+    let shrink: Give = |image| image.resize(65536);
+    let replace: Give = |image| write(image, 65536, &[3; 65536]);
+    for (give, copied) in [(discard, COPIED), (unmap, COPIED), (shrink, COPIED), (replace, 0)] {
+        let disk = fresh(&CreateOptions { size: 1 << 20, ..CreateOptions::default() });
+        let image = open_image(&disk, None, Options::default()).unwrap();
+        write(&image, 0, &[1; 65536]).unwrap();
+        image.close().unwrap();
+        let l1 = word(&disk, 40);
+        let (table, _) = l2_and_refcount(&disk, 0);
+        patch(&disk, table + 8, &(l1 | copied).to_be_bytes());
+        let before = word(&disk, l1);
+        let image = open_image(&disk, None, Options::default()).unwrap();
+        let _ = give(&image);
+        for n in 0..20 {
+            let _ = image.flush();
+            let _ = write(&image, 0, &[n; 65536]);
+            let _ = image.discard(0, 65536);
+        }
+        let _ = image.close();
+        assert_eq!(word(&disk, l1), before, "the L1 table");
+        assert_eq!(disk.copy()[79] & 2, 2, "the corrupt bit");
+    }
+}

@@ -243,6 +243,9 @@ impl Meta {
                 return Ok(Page { next, write: Some(start..next), outside });
             }
             if let Some(new) = self.erased(&old, mask, how, shows) {
+                if new.host.is_none() {
+                    self.may_free(&old)?;
+                }
                 if new.compressed.is_none() {
                     self.ensure_l2(file, c)?;
                     self.set_entry(file, c, &new)?;

@@ -65,11 +65,14 @@ impl Meta {
         if ours && first.data >> (geo.in_cluster(off) >> geo.unit_bits()) & 1 != 0 {
             return Ok(None);
         }
+        if !ours {
+            self.may_free(&first)?;
+        }
         let mut last = first;
         let mut count = 1;
         while c + count < end {
             let entry = self.entry(file, c + count)?;
-            if self.is_ours(&entry) != ours {
+            if self.is_ours(&entry) != ours || (!ours && self.may_free(&entry).is_err()) {
                 break;
             }
             if ours {

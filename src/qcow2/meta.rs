@@ -428,7 +428,25 @@ impl Meta {
         self.freed.push(Freed { first, count, punch });
     }
 
-    /// Notes that what `entry` points to lost a reference.
+    /// Before `entry` is changed so that what it points to loses a reference.
+    ///
+    /// # Errors
+    /// Corruption: metadata are there, which no entry may set free.
+    pub fn may_free(&self, entry: &Entry) -> io::Result<()> {
+        // A compressed cluster may claim more sectors than it needs, whatever follows.
+        let at = match (entry.compressed, entry.host) {
+            (Some((offset, _)), _) => offset,
+            (None, Some(host)) if !self.geo.external => host,
+            _ => return Ok(()),
+        };
+        if !self.tables.contains(&self.geo.cluster(at)) {
+            return Ok(());
+        }
+        let start = at - self.geo.in_cluster(at);
+        Err(corrupt(self.overlap(&(start..start + self.geo.cluster_size()))))
+    }
+
+    /// Notes that what `entry` points to lost a reference. [`Meta::may_free`] has been asked before.
     pub fn free_entry(&mut self, entry: &Entry, punch: bool) {
         if let Some((offset, bytes)) = entry.compressed {
             let clusters = self.geo.clusters(offset, bytes);

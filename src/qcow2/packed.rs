@@ -92,6 +92,7 @@ impl Qcow2 {
             if old.host.is_some() {
                 return Ok(None);
             }
+            meta.may_free(&old)?;
             meta.alloc_bytes(&file, len)
         });
         if let Ok(Some(_)) = place {

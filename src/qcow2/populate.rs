@@ -102,6 +102,7 @@ impl Meta {
             }
             None if geo.external => (c << geo.cluster_bits, true, false, place(first)..place(stop)),
             None => {
+                self.may_free(old)?;
                 let (k, _, fresh) = self.alloc_run(file, 1)?;
                 // What a snapshot has, too, moves whole.
                 let write = if old.data != 0 { place(0)..place(units) } else { place(first)..place(stop) };
