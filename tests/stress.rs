@@ -562,6 +562,11 @@ impl Control {
         let target = self.name("target");
         let size = self.root(disk).len();
         self.run("blockdev-add", json!({"driver": "null-co", "node-name": target, "size": size}));
+        if self.root(disk).len() != size {
+            // A job has just ended, and its disk is another now.
+            self.backup = Some(target);
+            return;
+        }
         let device = format!("d{disk}");
         let args =
             json!({"device": device, "target": target, "sync": "full", "job-id": "backup", "speed": 8 << 20});

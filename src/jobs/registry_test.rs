@@ -377,12 +377,15 @@ fn ready_jobs_complete_or_are_cancelled_softly_or_not() {
 #[test]
 fn a_job_that_ends_before_it_pauses_is_not_paused() {
     let (go, gone) = channel();
+    let (told, tells) = channel();
     let mut desk = Desk::new();
     let script = Script::new(move |_| {
+        told.send(()).unwrap();
         let _ = gone.recv();
         Ok(())
     });
     let key = desk.go(Spec { auto_finalize: false, ..spec("p") }, script);
+    tells.recv().unwrap();
     desk.jobs.pause(key).unwrap();
     go.send(()).unwrap();
     desk.until("p pending");

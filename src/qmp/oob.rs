@@ -167,11 +167,12 @@ impl Shared {
         let state = &mut *state;
         while state.queue.len() < QUEUE {
             let mut conn = Conn::new();
-            let message = state.client.next_message(&mut conn)?;
+            let message = state.client.next_message(&mut conn);
+            // Also when they came with a space before the message, which is not there yet.
             if let Some(fds) = conn.take_pending() {
                 state.fds = fds;
             }
-            match message {
+            match message? {
                 Ok(Value::Object(request)) if request.contains_key("exec-oob") => return Some(request),
                 message => state.queue.push_back((message, std::mem::take(&mut state.fds))),
             }

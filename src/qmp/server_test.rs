@@ -602,6 +602,11 @@ fn a_client_with_a_thread_gets_events_passes_descriptors_and_goes() {
     let request = json!({"execute": "getfd", "arguments": {"fdname": "p"}});
     peer.send_fds(format!("{request}\n").as_bytes(), &[pipe.fd()]);
     assert_eq!(turns(&mut rig, &mut peer), json!({"return": {}}));
+    // With a space, long before the request, as QEMU's Python client sends them.
+    peer.send_fds(b" ", &[pipe.fd()]);
+    std::thread::sleep(Duration::from_millis(50));
+    peer.send(format!("{request}\n").as_bytes());
+    assert_eq!(turns(&mut rig, &mut peer), json!({"return": {}}));
     rig.vm.powerdown();
     assert_eq!(name(&turns(&mut rig, &mut peer)), "POWERDOWN");
     // A request, and gone: it is run, and the monitor is free again.
