@@ -2,7 +2,7 @@
 //! notice.
 //!
 //! Each mutant is a bug that a block job has had somewhere, or could get. A test chooses one for its
-//! own thread ([`with`]), and what that thread makes meanwhile has the bug. Only in this library's own
+//! own thread (`with`), and what that thread makes meanwhile has the bug. Only in this library's own
 //! tests: in every other build [`Bug`] is empty, and the compiler removes every question for one.
 //!
 //! Owns: the list, and a thread's choice. Never: breaks anything itself. Threads: any. Locks: none.
