@@ -1,18 +1,21 @@
 //! Internal snapshots when things go wrong: each change of the file may fail, for once or from then
-//! on; and power cuts in images of version 2, which have no dirty bit, beside QEMU's own order.
+//! on; a read that began before; and power cuts in images of version 2, which have no dirty bit, beside QEMU's own order.
 
 #[path = "support/qcow2.rs"]
 mod support;
 
-use minivmm::block::driver::{Driver, Snapshot};
+use minivmm::block::driver::{Driver, Flags, Internal, Snapshot};
+use minivmm::block::node::{Edge, Node, NodeOptions};
 use minivmm::qcow2::Qcow2;
 use minivmm::qcow2::create::CreateOptions;
 use minivmm::qcow2::mutant::Mutant;
-use minivmm::qcow2::open::Options;
+use minivmm::qcow2::open::{self, Options};
+use minivmm::sys::iov::{Iov, IovMut};
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 use support::*;
 
 const SIZE: usize = 256 << 10;
@@ -342,4 +345,97 @@ fn qemus_own_order_has_that_window_too() {
         eprintln!("{what:?}: {errors} states of QEMU's own need a repair");
         assert!(errors > 0 || what == What::Apply, "{what:?}: QEMU has a better order now: use it");
     }
+}
+
+/// Reads of the places `at` wait, each once, until their place is taken away from `held`.
+#[derive(Default)]
+struct Gates {
+    at: [AtomicU64; 2],
+    held: [AtomicU64; 2],
+}
+
+struct Gated(OnDisk, Arc<Gates>);
+
+impl Driver for Gated {
+    fn name(&self) -> &'static str {
+        "gated"
+    }
+    fn len(&self) -> u64 {
+        self.0.len()
+    }
+    fn grows(&self) -> bool {
+        true
+    }
+    fn read(&self, off: u64, to: &mut IovMut) -> io::Result<()> {
+        for (at, held) in self.1.at.iter().zip(&self.1.held) {
+            if off != 0 && at.compare_exchange(off, 0, Ordering::SeqCst, Ordering::SeqCst).is_ok() {
+                held.store(off, Ordering::SeqCst);
+                until(|| held.load(Ordering::SeqCst) != off);
+            }
+        }
+        self.0.read(off, to)
+    }
+    fn write(&self, off: u64, from: &Iov, flags: Flags) -> io::Result<()> {
+        self.0.write(off, from, flags)
+    }
+    fn discard(&self, off: u64, len: u64) -> io::Result<()> {
+        self.0.discard(off, len)
+    }
+    fn flush(&self) -> io::Result<()> {
+        self.0.flush()
+    }
+    fn resize(&self, len: u64) -> io::Result<()> {
+        self.0.resize(len)
+    }
+}
+
+/// Waits, but not for ever; answers whether it became true.
+fn until(f: impl Fn() -> bool) -> bool {
+    let end = Instant::now() + Duration::from_secs(2);
+    while !f() && Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    f()
+}
+
+/// A read is at the L2 page that it missed when a snapshot's deletion begins. It must not go on to the data
+/// before that is over: what the deletion frees could not go while it is there, and the flags would be set
+/// by refcounts that are still to be lowered.
+#[test]
+fn a_read_that_missed_its_page_waits_for_a_deletion() {
+    let disk = fresh(&CreateOptions { size: 1 << 20, cluster_size: 4096, ..CreateOptions::default() });
+    let image = open_image(&disk, None, Options::default()).expect("open");
+    write(&image, 0, &[1; 8192]).expect("write");
+    image.create_snapshot(Snapshot { name: "s".into(), ..Snapshot::default() }).expect("create");
+    image.close().expect("close");
+    let word = |at: u64| u64::from_be_bytes(disk.copy()[at as usize..][..8].try_into().unwrap());
+    let (snapshots, table) = (word(64), word(word(40)) & 0x00ff_ffff_ffff_fe00);
+    let data = word(table) & 0x00ff_ffff_ffff_fe00;
+    let gates = Arc::new(Gates::default());
+    let options = NodeOptions { unmap: true, ..NodeOptions::default() };
+    let file = Node::new("file", Box::new(Gated(OnDisk(disk.clone()), gates.clone())), options);
+    let image =
+        open::open(edge("file", file), Edge::new("backing", None), None, Options::default()).expect("open");
+    std::thread::scope(|s| {
+        let [page, list] = &gates.at;
+        let [reader, deleter] = &gates.held;
+        page.store(table, Ordering::SeqCst);
+        let read = s.spawn(|| read(&image, 0, 4096));
+        assert!(until(|| reader.load(Ordering::SeqCst) == table), "the read is at its page");
+        list.store(snapshots, Ordering::SeqCst);
+        let delete = s.spawn(|| image.delete_snapshot(None, Some("s")));
+        assert!(until(|| deleter.load(Ordering::SeqCst) == snapshots), "the deletion has begun");
+        page.store(data, Ordering::SeqCst);
+        reader.store(0, Ordering::SeqCst);
+        // Time enough to go on, if it does.
+        std::thread::sleep(Duration::from_millis(100));
+        page.store(0, Ordering::SeqCst);
+        deleter.store(0, Ordering::SeqCst);
+        delete.join().expect("thread").expect("delete");
+        reader.store(0, Ordering::SeqCst);
+        assert_eq!(read.join().expect("thread").expect("read"), [1; 4096]);
+    });
+    image.close().expect("close");
+    let report = image.check().expect("check");
+    assert!(report.errors.is_empty() && report.leaks == 0, "{report:?}");
 }

@@ -162,25 +162,30 @@ impl Qcow2 {
             while meta.exclusive {
                 meta = self.wait(meta);
             }
-            pos += self.read_run(meta, off + pos, pos as usize, to)?;
+            pos += self.read_run(meta, off + pos, pos as usize, to, false)?;
         }
         Ok(())
     }
 
-    /// Reads the run of disk at `off` to position `at` of `to`; answers how long it was. Does not
-    /// care for exclusive use: who has an allocation in flight, or has it himself, calls it, too.
+    /// Reads the run of disk at `off` to position `at` of `to`; answers how long it was. With `flight`,
+    /// the caller has an allocation in flight: who wants exclusive use waits for him, not he for that.
     fn read_run<'a>(
         &'a self,
         mut meta: MutexGuard<'a, Meta>,
         off: u64,
         at: usize,
         to: &mut IovMut,
+        flight: bool,
     ) -> io::Result<u64> {
         let left = (to.len() - at) as u64;
         let (map, len, using) = loop {
             match meta.lookup(off, left) {
                 Ok((map, len)) => break (map, len, self.using(&meta)),
                 Err(miss) => meta = self.resolve(meta, miss)?,
+            }
+            // Without the lock somebody may have got the image for himself.
+            while meta.exclusive && !flight {
+                meta = self.wait(meta);
             }
         };
         drop(meta);
@@ -382,7 +387,7 @@ impl Qcow2 {
         self.moment(BlkdebugEvent::CowRead);
         let mut pos = 0;
         while pos < inside {
-            pos += self.read_run(self.lock(), range.start + pos, pos as usize, &mut iov)?;
+            pos += self.read_run(self.lock(), range.start + pos, pos as usize, &mut iov, true)?;
         }
         Ok(Around::Copy(buf))
     }
