@@ -286,13 +286,26 @@ impl Unit {
             Err(Unreachable::Changed) => return Err(Sense::MEDIUM_CHANGED.into()),
         };
         if !self.present.load(Ordering::Relaxed) {
-            return Err(Sense::NO_MEDIUM.into());
+            return Err(self.refusal(moves, Sense::NO_MEDIUM));
         }
         if self.block_count() == 0 {
             let cd = self.config.kind == UnitKind::Cd;
-            return Err(if cd { Sense::NO_MEDIUM } else { Sense::NOT_READY }.into());
+            return Err(self.refusal(moves, if cd { Sense::NO_MEDIUM } else { Sense::NOT_READY }));
         }
         Ok(moves)
+    }
+
+    /// Why a command fails for what the medium is like: as `sense` says, unless the tray has moved since
+    /// it had moved so often, and that is said of another medium than the guest means.
+    fn refusal(&self, moves: u64, sense: Sense) -> Fail {
+        if self.tray.as_ref().is_none_or(|t| t.moves() == moves) {
+            return sense.into();
+        }
+        match self.tray.as_ref().map_or(Ok(0), |t| t.reach()) {
+            Err(Unreachable::Open) => Sense::TRAY_OPEN.into(),
+            // Somebody else may have been told.
+            Err(Unreachable::Changed) | Ok(_) => Sense::MEDIUM_CHANGED.into(),
+        }
     }
 
     /// The bytes that `count` blocks from `lba` on are, if they are on the medium.
@@ -301,7 +314,7 @@ impl Unit {
         let end = lba.checked_add(count).filter(|end| *end <= self.block_count());
         if end.is_none() {
             self.handle.invalid(kind);
-            return Err(Sense::LBA_OUT_OF_RANGE.into());
+            return Err(self.refusal(moves, Sense::LBA_OUT_OF_RANGE));
         }
         // Both are below the medium's length in bytes.
         Ok(Place { off: lba * self.block(), len: count * self.block(), moves })

@@ -196,6 +196,20 @@ fn a_new_length_is_seen() {
 }
 
 #[test]
+fn what_is_found_of_another_medium_is_not_said_of_the_one_that_was_meant() {
+    let b = Bench::new(UnitConfig { removable: true, ..UnitConfig::new(UnitKind::Disk) });
+    let tray = b.unit.tray.clone().unwrap();
+    let moves = tray.moves();
+    let refusal = |b: &Bench| b.unit.refusal(moves, Sense::LBA_OUT_OF_RANGE);
+    assert_eq!(refusal(&b), Sense::LBA_OUT_OF_RANGE.into());
+    tray.set_open(true);
+    assert_eq!(refusal(&b), Sense::TRAY_OPEN.into());
+    tray.set_open(false);
+    assert_eq!(refusal(&b), Sense::MEDIUM_CHANGED.into());
+    assert_eq!(refusal(&b), Sense::MEDIUM_CHANGED.into(), "also when another thread's command heard of it");
+}
+
+#[test]
 fn what_was_meant_for_one_medium_does_not_reach_the_next() {
     let b = Bench::new(UnitConfig { removable: true, ..UnitConfig::new(UnitKind::Disk) });
     let group = Group::new("slow");
