@@ -123,7 +123,7 @@ fn run_guest(
             let waited = asked.since.elapsed();
             assert!(
                 waited < Duration::from_secs(60),
-                "disk {n}: no answer to request {} for {waited:?}",
+                "disk {n}: no answer to a request of kind {} for {waited:?}",
                 asked.kind
             );
         }
@@ -238,6 +238,8 @@ struct Control {
     /// Jobs that wait to be completed.
     ready: Vec<String>,
     breaks: Vec<String>,
+    /// When the last one was set.
+    broke: Instant,
     break_budget: u32,
     children: Vec<String>,
     top: [String; 3],
@@ -355,6 +357,10 @@ impl Control {
 
     /// One thing at random.
     fn step(&mut self) {
+        // On a slow machine chance may let a request wait for too long.
+        if !self.breaks.is_empty() && self.broke.elapsed() > Duration::from_secs(5) {
+            self.breakpoint();
+        }
         let disk = self.rng.below(2) as usize;
         let device = format!("d{disk}");
         match self.rng.below(32) {
@@ -506,6 +512,7 @@ impl Control {
             let tag = self.name("tag");
             moments.set_break(event, &tag).unwrap();
             self.breaks.push(tag);
+            self.broke = Instant::now();
             *self.done.entry("break".into()).or_default() += 1;
         }
     }
@@ -761,6 +768,7 @@ fn guests_keep_every_byte_whatever_is_done_to_the_graph() {
             snapshots: Vec::new(),
             ready: Vec::new(),
             breaks: Vec::new(),
+            broke: Instant::now(),
             break_budget: 20 + soak as u32 / 10,
             children,
             top,

@@ -236,16 +236,21 @@ pub fn run_guest(mut g: Guest, n: usize, seed: u64, stop: &AtomicBool, done: &At
                 if matches!(&answer, Answer::Good(event) if event[4] & 15 == 1) {
                     command(&mut g, n, &[0x1e, 0, 0, 0, 0, 0], &[], 0);
                     command(&mut g, n, &[0x1b, 0, 0, 0, 2, 0], &[], 0);
+                    // It has gone, or one of them was told that it is another.
+                    Answer::Changed
+                } else {
+                    answer
                 }
-                answer
             }
             // START STOP UNIT: the guest's own eject, and load.
             19 if rng.below(4) == 0 => {
                 let answer = command(&mut g, n, &[0x1b, 0, 0, 0, 2, 0], &[], 0);
-                if rng.below(2) == 0 {
+                // Each may be the one that is told of another medium.
+                let load = rng.below(2) == 0 && {
                     command(&mut g, n, &[0x1b, 0, 0, 0, 3, 0], &[], 0);
-                }
-                if answer == Answer::Locked { answer } else { Answer::Changed }
+                    true
+                };
+                if answer == Answer::Locked && !load { answer } else { Answer::Changed }
             }
             _ => command(&mut g, n, &[0; 6], &[], 0),
         };
