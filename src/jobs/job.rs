@@ -181,6 +181,8 @@ pub(super) struct State {
     pub hold_list: HoldList,
     /// Counts what a sleeper has to know: it wakes up when this changes.
     kicks: u64,
+    /// The control thread waits for the job's first step.
+    watched: bool,
     /// The work comes back when the thread has done it.
     pub finished: Option<(Box<dyn Work>, Ended)>,
 }
@@ -212,6 +214,7 @@ impl Shared {
                 hold: Hold::None,
                 hold_list: HoldList::default(),
                 kicks: 0,
+                watched: false,
                 finished: None,
             }),
             changed: Condvar::new(),
@@ -263,6 +266,23 @@ impl Shared {
                 return false;
             }
             state = self.wait(state, until);
+        }
+    }
+
+    /// Control thread, right after the start: waits until the job has done something that can be seen, or
+    /// waits itself, but no longer than for `time`.
+    pub(super) fn wait_first_step(&self, time: Duration) {
+        self.lock().watched = true;
+        self.wait_for(Some(time), |s| {
+            !s.busy || s.progress.offset > 0 || !s.notices.is_empty() || s.finished.is_some()
+        });
+        self.lock().watched = false;
+    }
+
+    /// Something has changed that [`Shared::wait_first_step`] waits for.
+    fn stepped(&self, state: &State) {
+        if state.watched {
+            self.changed.notify_all();
         }
     }
 
@@ -360,6 +380,7 @@ impl JobCtx {
             self.shared.changed.notify_all();
         }
         let busy = std::mem::replace(&mut state.busy, false);
+        self.shared.stepped(&state);
         state.notices.push_back(Notice::Paused);
         self.post();
         while state.pause && !state.cancel {
@@ -392,13 +413,16 @@ impl JobCtx {
 
     /// Sets both numbers of the progress, in bytes.
     pub fn progress(&self, offset: u64, len: u64) {
-        self.lock().progress = Progress { offset, len };
+        let mut state = self.lock();
+        state.progress = Progress { offset, len };
+        self.shared.stepped(&state);
     }
 
     /// So many bytes more are done.
     pub fn advance(&self, bytes: u64) {
-        let progress = &mut self.lock().progress;
-        progress.offset = progress.offset.saturating_add(bytes);
+        let mut state = self.lock();
+        state.progress.offset = state.progress.offset.saturating_add(bytes);
+        self.shared.stepped(&state);
     }
 
     /// There is so much to be done beyond what is done: `len` follows (a mirror's guest writes).
@@ -417,6 +441,7 @@ impl JobCtx {
         let mut state = self.lock();
         if !std::mem::replace(&mut state.ready, true) {
             state.notices.push_back(Notice::Ready);
+            self.shared.stepped(&state);
             drop(state);
             self.post();
         }
@@ -425,7 +450,9 @@ impl JobCtx {
     /// The job has nothing to do for now and only looks now and then whether that is still so: it does
     /// not count as busy until [`JobCtx::at_work`].
     pub fn at_rest(&self) {
-        self.lock().busy = false;
+        let mut state = self.lock();
+        state.busy = false;
+        self.shared.stepped(&state);
     }
 
     /// Ends [`JobCtx::at_rest`].
@@ -479,6 +506,7 @@ impl JobCtx {
             return state;
         }
         let busy = std::mem::replace(&mut state.busy, false);
+        self.shared.stepped(&state);
         let mut state = self.shared.wait(state, Some(until));
         state.busy = busy;
         state
@@ -504,6 +532,7 @@ impl JobCtx {
             return Err(Stop::Cancelled);
         }
         state.notices.push_back(Notice::Error { read, action });
+        self.shared.stepped(&state);
         if action == ErrorAction::Stop {
             state.pause = true;
             if state.io_status == IoStatus::Ok {
@@ -530,6 +559,7 @@ impl JobCtx {
         state.hold = Hold::Wanted;
         state.hold_list = HoldList { nodes: nodes.to_vec(), but: but.to_vec() };
         state.notices.push_back(Notice::Hold);
+        self.shared.stepped(&state);
         self.post();
         while state.hold == Hold::Wanted && !state.cancel && !state.pause {
             state = self.shared.wait(state, None);
@@ -580,3 +610,7 @@ pub fn attach(graph: &mut Graph, node: &Arc<Node>, uses: Perm, shares: Perm) -> 
     let spec = HandleSpec { uses, shares, ..HandleSpec::default() };
     graph.attach(Some(node.clone()), spec)
 }
+
+#[cfg(test)]
+#[path = "job_test.rs"]
+mod tests;

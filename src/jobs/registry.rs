@@ -22,6 +22,9 @@ use std::time::Duration;
 /// The longest time for which a job may have the guest held before it has to try again.
 const HOLD: Duration = Duration::from_secs(2);
 
+/// The longest time for which a command waits for the first step of the job that it has started.
+const FIRST_STEP: Duration = Duration::from_millis(50);
+
 /// What a job is made with.
 #[derive(Clone, Debug)]
 pub struct Spec {
@@ -300,7 +303,9 @@ impl Jobs {
         Ok(JobKey(serial))
     }
 
-    /// Sets a created job going. When there is no thread to be had, the job fails, as a job does.
+    /// Sets a created job going, and gives it the time for its first step: in QEMU, too, a job has come as
+    /// far as that when its command answers, and clients look. When there is no thread to be had, the job
+    /// fails, as a job does.
     pub fn start(&mut self, graph: &mut Graph, job: JobKey) {
         let Some(at) = self.at(job.0) else { return };
         self.become_status(at, Status::Running);
@@ -309,7 +314,10 @@ impl Jobs {
         let Some(work) = job.work.take() else { return };
         let name = format!("job-{}", job.kind.as_str());
         match job.shared.spawn(&name, work) {
-            Ok(thread) => job.thread = Some(thread),
+            Ok(thread) => {
+                job.thread = Some(thread);
+                job.shared.wait_first_step(FIRST_STEP);
+            }
             Err((work, e)) => {
                 job.work = Some(work);
                 job.done = true;
