@@ -14,8 +14,9 @@ use super::filelock::Locks;
 use super::node::errno;
 use super::node_options::LimitsCell;
 use super::reopen_options::{Ready, Reopening};
-use crate::error::Result;
+use crate::error::{Result, strerror};
 use crate::sys::buf::AlignedBuf;
+use crate::sys::file_attr;
 use crate::sys::iov::{Iov, IovMut};
 use serde_json::{Map, Value, json};
 use std::io;
@@ -137,6 +138,11 @@ impl File {
         self.writable.store(write, Ordering::Relaxed);
         Ok(())
     }
+}
+
+/// `e`, with what it was that could not be done.
+fn because(what: &str, e: &io::Error) -> io::Error {
+    io::Error::new(e.kind(), format!("{what}: {}", strerror(e)))
 }
 
 /// Calls `f` for the pieces of `iov` until all are done; `f` says how many bytes it did. 0 ends it.
@@ -360,7 +366,7 @@ impl Driver for File {
             return no(format!("Preallocation mode '{mode}' unsupported for this non-regular file"));
         }
         if how == Preallocation::Metadata {
-            return no("Unsupported preallocation mode 'metadata'".into());
+            return no("Unsupported preallocation mode: metadata".into());
         }
         if len < old {
             return no("Preallocation can't be used for shrinking files".into());
@@ -375,14 +381,18 @@ impl Driver for File {
             }
             self.flush()
         };
-        let done = self.resize(len).and_then(|()| match how {
+        let resized = self.resize(len).map_err(|e| because("Could not resize file", &e));
+        let done = resized.and_then(|()| match how {
             _ if len == old => Ok(()),
-            Preallocation::Full => zeroes(),
+            Preallocation::Full => {
+                zeroes().map_err(|e| because("Could not write zeros for preallocation", &e))
+            }
             // As posix_fallocate does where the file system cannot.
             _ => match self.fallocate(0, old, len - old) {
                 Err(e) if e.raw_os_error() == Some(libc::ENOTSUP) => zeroes(),
                 other => other,
-            },
+            }
+            .map_err(|e| because("Could not preallocate new data", &e)),
         });
         done.inspect_err(|_| {
             if let Err(e) = self.resize(old) {
@@ -393,10 +403,11 @@ impl Driver for File {
 
     fn info(&self) -> ImageInfo {
         let blocks = stat(self.fd()).map(|st| st.st_blocks as u64 * 512);
-        let specific = ("file", Map::new());
+        let hint = file_attr::extent_size_hint(&self.fd);
+        let specific = hint.map(|n| ("extent-size-hint".to_string(), json!(n))).into_iter().collect();
         ImageInfo {
             actual_size: blocks.ok(),
-            specific: Some(specific),
+            specific: Some(("file", specific)),
             dirty: Some(false),
             ..ImageInfo::default()
         }

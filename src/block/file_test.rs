@@ -337,7 +337,7 @@ fn new_space_is_allocated_in_advance_if_asked_for() {
     assert!(blocks() >= 2 << 20);
     assert_eq!((node.len(), std::fs::metadata(&path).unwrap().len()), (3 << 20, 3 << 20));
     let text = |how, len| node.resize_with(len, how).unwrap_err().to_string();
-    assert_eq!(text(Preallocation::Metadata, 4 << 20), "Unsupported preallocation mode 'metadata'");
+    assert_eq!(text(Preallocation::Metadata, 4 << 20), "Unsupported preallocation mode: metadata");
     assert_eq!(text(Preallocation::Full, 1 << 20), "Preallocation can't be used for shrinking files");
     assert_eq!(node.len(), 3 << 20);
 }

@@ -13,10 +13,11 @@ use crate::block::handle::HandleSpec;
 use crate::block::node::{Node, NodeOptions};
 use crate::block::open;
 use crate::error::{Error, Result, strerror};
-use crate::jobs::create::New;
+use crate::jobs::create::{Attributes, New};
 use crate::qapi::{Path, Wire};
 use crate::qcow2::create::{CreateOptions, Preallocation};
 use serde_json::{Value, json};
+use std::fs::File;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::sync::Arc;
 
@@ -30,14 +31,14 @@ pub struct NewBacking {
 }
 
 /// Makes the file at `path`, if there is none, for a node that is to be opened on it. What is in it
-/// stays.
-pub fn touch(path: &str) -> std::io::Result<()> {
+/// stays. `None`: a descriptor that was passed.
+pub fn touch(path: &str) -> std::io::Result<Option<File>> {
     if path.starts_with("/dev/fdset/") {
-        return Ok(());
+        return Ok(None);
     }
     let mut how = std::fs::OpenOptions::new();
     // A file that is there loses its contents only below, with a lock on it.
-    how.read(true).write(true).create(true).truncate(false).mode(0o644).open(path).map(drop)
+    how.read(true).write(true).create(true).truncate(false).mode(0o644).open(path).map(Some)
 }
 
 /// Makes an image of `format` and `size` bytes in the file that `name` (a path, `json:{…}`) means.
@@ -64,12 +65,13 @@ pub fn make(
     let path = file["filename"].as_str().unwrap_or(name).to_string();
     let says = |e: &std::io::Error| Error::new(format!("Could not create '{path}': {}", strerror(e)));
     let user_of = |id: (u64, u64)| known.nodes().find(|n| n.driver.file_id() == Some(id));
+    let mut touched = None;
     if file["driver"] == "file" {
         let there = std::fs::metadata(&path).ok().map(|m| (m.dev(), m.ino()));
         if backing.is_some() && there.and_then(user_of).is_some() {
             bail!("Error: Trying to create an image with the same filename as the backing file");
         }
-        touch(&path).map_err(|e| says(&e))?;
+        touched = touch(&path).map_err(|e| says(&e))?;
     }
     file["node-name"] = "new".into();
     let mut graph = Graph::new();
@@ -81,18 +83,22 @@ pub fn make(
         graph.close_all();
         bail!("Could not create '{path}': it is the file of node '{}'", node.name);
     }
-    let new = match format {
-        "raw" => New::File { file: user, size, preallocation: Preallocation::Off },
+    // A file first, then what is in it, as QEMU does: what a file is like is said while it is empty.
+    let attributes = touched.map(Attributes::new);
+    let blank = |size| New::File { file: user.clone(), size, preallocation: Preallocation::Off, attributes };
+    let (bare, image) = match format {
+        "raw" => (blank(size), None),
         _ => {
             let backing = backing.map(|b| NewBacking { name: absolute(b.name), ..b });
             let (backing_file, backing_format) = backing.map(|b| (b.name, b.format)).unzip();
             let size = size.next_multiple_of(512);
             let options = CreateOptions { size, backing_file, backing_format, ..CreateOptions::default() };
-            New::Qcow2 { file: user, data_file: None, options: Box::new(options) }
+            let image = New::Qcow2 { file: user.clone(), data_file: None, options: Box::new(options) };
+            (blank(0), Some(image))
         }
     };
-    let made = new.make();
-    new.close(&mut graph);
+    let made = bare.make().and_then(|()| image.map_or(Ok(()), |i| i.make()));
+    graph.detach(&user);
     drop(below);
     graph.close_all();
     made.map_err(|e| says(&e))

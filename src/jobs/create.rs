@@ -4,16 +4,52 @@
 //! says. Locks: none.
 
 use super::job::{JobCtx, Stop, Work};
-use crate::block::driver::Flags;
 use crate::block::graph::Graph;
 use crate::block::handle::Handle;
 use crate::block::node::Node;
-use crate::error::Error;
+use crate::error::{Error, strerror};
 use crate::qcow2::create::{self, CreateOptions, Preallocation};
-use crate::sys::buf::AlignedBuf;
-use crate::sys::iov::Iov;
+use crate::sys::file_attr;
+use std::fs;
 use std::io;
 use std::sync::Arc;
+
+/// Bytes that a new file's space is allocated in at once, where the file system can (XFS): less makes
+/// too many pieces of it in the long run.
+const EXTENT_SIZE_HINT: u32 = 1 << 20;
+
+/// What a new file is to be like, where its file system can.
+pub struct Attributes {
+    /// The file itself.
+    pub file: fs::File,
+    /// No copy-on-write (btrfs).
+    pub nocow: bool,
+    /// The extent size hint in bytes (XFS), if one was asked for; 0: none.
+    pub extent_size_hint: Option<u32>,
+}
+
+impl Attributes {
+    /// What is not said otherwise.
+    pub fn new(file: fs::File) -> Attributes {
+        Attributes { file, nocow: false, extent_size_hint: None }
+    }
+
+    /// Tries it; the file is empty.
+    fn set(&self) {
+        if self.nocow
+            && let Err(e) = file_attr::set_nocow(&self.file)
+        {
+            log::debug!("nocow: {e}");
+        }
+        let hint = self.extent_size_hint.unwrap_or(EXTENT_SIZE_HINT);
+        match file_attr::set_extent_size_hint(&self.file, hint) {
+            Err(e) if self.extent_size_hint.is_some_and(|n| n > 0) => {
+                log::warn!("Failed to set extent size hint: {}", strerror(&e));
+            }
+            _ => {}
+        }
+    }
+}
 
 /// What is to be made, in nodes that are open for it and that the job has handles on.
 pub enum New {
@@ -23,8 +59,10 @@ pub enum New {
         file: Arc<Handle>,
         /// Its length in bytes.
         size: u64,
-        /// Whether its space is made, too. `Metadata` is not known here.
+        /// Whether its space is made, too. `Metadata` is refused.
         preallocation: Preallocation,
+        /// What it is to be like; not of a descriptor that was passed, which is its giver's.
+        attributes: Option<Attributes>,
     },
     /// An image of the format `qcow2`.
     Qcow2 {
@@ -41,8 +79,8 @@ impl New {
     /// Makes it. Blocks.
     pub fn make(&self) -> io::Result<()> {
         match self {
-            New::File { file, size, preallocation } => {
-                file.inside(|node| make_file(node, *size, *preallocation))
+            New::File { file, size, preallocation, attributes } => {
+                file.inside(|node| make_file(node, *size, *preallocation, attributes.as_ref()))
             }
             New::Qcow2 { file, data_file, options } => {
                 // Its own ticket would be the second; the handle is this job's, and stays as it is.
@@ -66,28 +104,21 @@ impl New {
     }
 }
 
-fn make_file(node: &Arc<Node>, size: u64, preallocation: Preallocation) -> io::Result<()> {
-    node.resize(0)?;
-    node.resize(size)?;
-    match preallocation {
-        Preallocation::Off | Preallocation::Metadata => {}
-        Preallocation::Falloc => {
-            if size > 0 {
-                node.zero(0, size, Flags::NO_FALLBACK)?;
-            }
-        }
-        Preallocation::Full => {
-            let zeroes = AlignedBuf::new(1 << 20, 4096);
-            let mut at = 0;
-            while at < size {
-                let n = (size - at).min(zeroes.len() as u64);
-                node.write(at, &Iov::from_slice(&zeroes[..n as usize]), Flags::NONE)?;
-                at += n;
-            }
-            node.flush()?;
-        }
+fn make_file(
+    node: &Arc<Node>,
+    size: u64,
+    preallocation: Preallocation,
+    attributes: Option<&Attributes>,
+) -> io::Result<()> {
+    let cannot = |e: io::Error| io::Error::new(e.kind(), format!("Could not resize file: {}", strerror(&e)));
+    node.resize(0).map_err(cannot)?;
+    if let Some(a) = attributes {
+        a.set();
     }
-    Ok(())
+    match preallocation {
+        Preallocation::Off => node.resize(size).map_err(cannot),
+        how => node.resize_with(size, how),
+    }
 }
 
 /// The job.

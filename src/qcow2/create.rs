@@ -120,7 +120,7 @@ fn plan(o: &CreateOptions) -> io::Result<Header> {
     }
     if o.preallocation != Preallocation::Off && o.backing_file.is_some() && !o.extended_l2 {
         return Err(invalid(
-            "Backing file and preallocation can only be used at the same time if extended_l2 is enabled",
+            "Backing file and preallocation can only be used at the same time if extended_l2 is on",
         ));
     }
     if o.data_file_raw && o.data_file.is_none() {
@@ -177,9 +177,18 @@ fn plan(o: &CreateOptions) -> io::Result<Header> {
         feature_names: (o.version >= 3 && o.cluster_size > 4096).then(header::feature_name_table),
         unknown_extensions: Vec::new(),
     };
+    // QEMU makes the image empty first, and then as long as it is to be.
+    let longest = i64::MAX as u64 & !((1 << 30) - 1);
+    if o.size > i64::MAX as u64 {
+        return Err(invalid("Could not resize image: Image size cannot be negative"));
+    }
+    if o.size > longest {
+        let size = o.size;
+        return Err(invalid(format!("Could not resize image: offset({size}) exceeds maximum({longest})")));
+    }
     let entries = h.geometry().l1_entries(o.size);
     if entries * 8 > MAX_L1_BYTES {
-        return Err(invalid("Image size too large for the cluster size"));
+        return Err(invalid("Could not resize image: Failed to grow the L1 table: File too large"));
     }
     h.l1_size = entries as u32;
     if h.to_bytes().is_err() {

@@ -11,7 +11,7 @@ use crate::control::encrypt_options::QCryptoBlockCreateOptions;
 use crate::control::formats::{self, BlockdevDriver, BlockdevRef, Formats};
 use crate::control::new_image::touch;
 use crate::error::{Error, Result, strerror};
-use crate::jobs::create::{Create, New};
+use crate::jobs::create::{Attributes, Create, New};
 use crate::jobs::registry::Spec;
 use crate::jobs::table::Kind;
 use crate::qapi::Empty;
@@ -76,9 +76,10 @@ wire_struct! {
         size: u64,
         /// Whether its space is made, too (default: off; metadata is not possible).
         preallocation: Option<PreallocMode>,
-        /// Switch copy-on-write off (btrfs): not possible.
+        /// Switch copy-on-write off, where the file system can (btrfs; default: false).
         nocow: Option<bool>,
-        /// Unit of allocation on XFS: a hint that is not followed.
+        /// Bytes of space that are allocated at once, where the file system can (XFS); 0: as it likes
+        /// (default: 1 MiB).
         "extent-size-hint" extent_size_hint: Option<u64>,
     }
 }
@@ -169,7 +170,7 @@ fn blockdev_create(cx: &mut Cx, job_id: String, options: BlockdevCreateOptions) 
 
 /// A handle on a node that an image is to be made in. A node that is defined here is open as long as
 /// the handle is attached.
-fn target(cx: &mut Cx, file: BlockdevRef) -> Result<Arc<Handle>> {
+fn target(cx: &mut Cx, file: BlockdevRef, shares: Perm) -> Result<Arc<Handle>> {
     let graph = &mut cx.vm.graph;
     let node = match file {
         BlockdevRef::Reference(name) => {
@@ -181,7 +182,7 @@ fn target(cx: &mut Cx, file: BlockdevRef) -> Result<Arc<Handle>> {
             open::open(graph, &Formats::new(&mut cx.vm.fds, &cx.vm.objects), formats::plan(*options)?)?
         }
     };
-    let spec = HandleSpec { uses: Perm::WRITE | Perm::RESIZE, shares: Perm::ALL, ..HandleSpec::default() };
+    let spec = HandleSpec { uses: Perm::WRITE | Perm::RESIZE, shares, ..HandleSpec::default() };
     let handle = graph.attach(Some(node), spec);
     if handle.is_err() {
         graph.collect();
@@ -189,20 +190,34 @@ fn target(cx: &mut Cx, file: BlockdevRef) -> Result<Arc<Handle>> {
     handle
 }
 
-fn new_file(cx: &mut Cx, o: &BlockdevCreateOptionsFile) -> Result<New> {
-    if o.nocow == Some(true) {
-        bail!("Parameter 'nocow' is not supported");
+/// Device and inode number of the file below filters and `raw`.
+fn bottom(handle: &Handle) -> Option<(u64, u64)> {
+    let mut node = handle.node()?;
+    loop {
+        match (node.driver.file_id(), node.driver.edges().first().and_then(|e| e.node())) {
+            (None, Some(below)) => node = below,
+            (id, _) => return id,
+        }
     }
+}
+
+fn new_file(cx: &mut Cx, o: &BlockdevCreateOptionsFile) -> Result<New> {
+    let extent_size_hint = o.extent_size_hint.map(u32::try_from).transpose();
+    let extent_size_hint = extent_size_hint.map_err(|_| Error::new("Extent size hint is too large"))?;
     let preallocation = match o.preallocation {
-        Some(PreallocMode::Metadata) => bail!("Unsupported preallocation mode 'metadata'"),
+        Some(PreallocMode::Metadata) => bail!("Unsupported preallocation mode: metadata"),
         mode => preallocation(mode),
     };
-    touch(&o.filename).map_err(|e| Error::new(format!("Could not create file: {}", strerror(&e))))?;
+    let path = &o.filename;
+    let touched =
+        touch(path).map_err(|e| Error::new(format!("Could not create '{path}': {}", strerror(&e))))?;
+    let attributes =
+        touched.map(|file| Attributes { file, nocow: o.nocow.unwrap_or(false), extent_size_hint });
     let options = serde_json::json!({ "driver": "file", "filename": o.filename });
     let options = <formats::BlockdevOptions as crate::qapi::Wire>::take(options, &crate::qapi::Path::Root)?;
     debug_assert!(matches!(options.driver, BlockdevDriver::File(_)));
-    let file = target(cx, BlockdevRef::Definition(Box::new(options)))?;
-    Ok(New::File { file, size: o.size, preallocation })
+    let file = target(cx, BlockdevRef::Definition(Box::new(options)), !Perm::RESIZE)?;
+    Ok(New::File { file, size: o.size, preallocation, attributes })
 }
 
 fn new_qcow2(cx: &mut Cx, o: BlockdevCreateOptionsQcow2) -> Result<New> {
@@ -233,14 +248,21 @@ fn new_qcow2(cx: &mut Cx, o: BlockdevCreateOptionsQcow2) -> Result<New> {
         preallocation: preallocation(o.preallocation),
         encrypt: o.encrypt.map(|e| e.resolve(&cx.vm.objects)).transpose()?,
     };
-    let file = target(cx, o.file)?;
-    let data_file = match o.data_file.map(|d| target(cx, d)).transpose() {
+    let file = target(cx, o.file, Perm::ALL)?;
+    let data_file = match o.data_file.map(|d| target(cx, d, Perm::ALL)).transpose() {
         Ok(data) => data,
         Err(e) => {
             cx.vm.graph.detach(&file);
             return Err(e);
         }
     };
+    let same = |data: &Arc<Handle>| bottom(data).is_some_and(|id| bottom(&file) == Some(id));
+    if let Some(data) = data_file.as_ref().filter(|data| same(data)) {
+        // Tables and data in the same place.
+        cx.vm.graph.detach(data);
+        cx.vm.graph.detach(&file);
+        bail!("Failed to get shared \"resize\" lock");
+    }
     options.data_file = data_file.as_ref().and_then(|h| h.node()).map(|n| n.driver.filename());
     Ok(New::Qcow2 { file, data_file, options: Box::new(options) })
 }

@@ -5,6 +5,7 @@ pub mod alarm;
 pub mod buf;
 pub mod fdio;
 pub mod fdset;
+pub mod file_attr;
 pub mod inbox;
 pub mod inherit;
 pub mod iov;
