@@ -24,8 +24,10 @@ const PAGE: u64 = 4096;
 struct Sparse {
     pages: Mutex<BTreeMap<u64, Vec<u8>>>,
     len: AtomicU64,
-    /// A read of this place fails, once (0: none does).
+    /// A read of this place fails, once (0: none does),
     broken: AtomicU64,
+    /// after so many that do not.
+    good: AtomicU64,
     /// Bytes that were read.
     read: AtomicU64,
 }
@@ -43,8 +45,12 @@ impl Driver for OnSparse {
         true
     }
     fn read(&self, off: u64, to: &mut IovMut) -> io::Result<()> {
-        if off != 0 && self.0.broken.compare_exchange(off, 0, Ordering::SeqCst, Ordering::SeqCst).is_ok() {
-            return Err(io::Error::from_raw_os_error(libc::EIO));
+        if off != 0 && self.0.broken.load(Ordering::SeqCst) == off {
+            let less = |n: u64| n.checked_sub(1);
+            if self.0.good.fetch_update(Ordering::SeqCst, Ordering::SeqCst, less).is_err() {
+                self.0.broken.store(0, Ordering::SeqCst);
+                return Err(io::Error::from_raw_os_error(libc::EIO));
+            }
         }
         self.0.read.fetch_add(to.len() as u64, Ordering::SeqCst);
         let pages = self.0.pages.lock().unwrap();
@@ -227,7 +233,9 @@ fn compressed_data_are_not_put_into_a_cluster_that_was_given_up() {
     };
     packed(31 * TABLE, 2);
     image.flush().unwrap();
-    // Back to the snapshot; when that has happened, the first of the old tables cannot be read.
+    // Back to the snapshot; when that has happened, the first of the old tables cannot be read. (It is read before, when
+    // it is looked through.)
+    file.good.store(1, Ordering::SeqCst);
     let mut entry = [0; 8];
     OnSparse(file.clone()).read(file.header().l1_offset, &mut IovMut::from_slice(&mut entry)).unwrap();
     file.broken.store(u64::from_be_bytes(entry) & (u64::MAX >> 8), Ordering::SeqCst);
@@ -315,6 +323,64 @@ fn a_used_cluster_with_refcount_0_ends_writing() {
     assert_eq!(write(&image, 0, &[2; 512]).unwrap_err().raw_os_error(), Some(libc::EIO));
     assert_eq!(disk.copy()[79] & 2, 2, "the corrupt bit");
     assert!(open_image(&disk, None, Options::default()).is_err());
+}
+
+/// Where metadata are in the image: what a snapshot's tables must not name.
+fn metadata(disk: &Disk, snapshot: u64) -> [(&'static str, u64); 5] {
+    let reftable = word(disk, 48);
+    [
+        ("refcount block", word(disk, reftable)),
+        ("refcount table", reftable),
+        ("L1 table", word(disk, 40)),
+        ("snapshot table", snapshot),
+        ("snapshot's L1 table", word(disk, snapshot)),
+    ]
+}
+
+/// What `act` does to an image in which the entry at `entry` of a snapshot's table names metadata: nothing but the
+/// corrupt bit.
+fn refuses(disk: &Disk, entry: u64, act: &dyn Fn(&Qcow2) -> io::Result<()>) {
+    for (what, place) in metadata(disk, word(disk, 64)) {
+        let bad = Disk::new(disk.copy());
+        let flags = word(&bad, entry) >> 56 << 56;
+        patch(&bad, entry, &(flags | place).to_be_bytes());
+        let before = bad.copy();
+        let image = open_image(&bad, None, Options::default()).unwrap();
+        assert_eq!(act(&image).unwrap_err().raw_os_error(), Some(libc::EIO), "{what}");
+        assert_eq!(write(&image, 0, &[2; 512]).unwrap_err().raw_os_error(), Some(libc::EIO), "{what}");
+        let _ = image.close();
+        let mut after = bad.copy();
+        assert_eq!(after[79] & 2, 2, "the corrupt bit: {what}");
+        // The bits for corrupt and dirty.
+        after[79] = before[79];
+        assert!(after[..before.len()] == before, "{what}");
+        let image = open_image(&bad, None, Options { read_only: true, ..Options::default() }).unwrap();
+        assert_eq!(image.snapshots().unwrap().len(), 1);
+        assert!(read(&image, 0, 512).unwrap() == [3; 512]);
+    }
+}
+
+#[test]
+fn a_snapshot_whose_tables_name_metadata_is_left_alone() {
+    let (disk, at) = with_snapshot(2 << 29);
+    let image = open_image(&disk, None, Options::default()).unwrap();
+    write(&image, 0, &[3; 65536]).unwrap();
+    image.close().unwrap();
+    let l1 = word(&disk, at);
+    let l2 = word(&disk, l1);
+    assert_ne!(l2, word(&disk, word(&disk, 40)) & (u64::MAX >> 8), "the snapshot has a table of its own");
+    let delete = |image: &Qcow2| image.delete_snapshot(None, Some("s")).map(drop);
+    let apply = |image: &Qcow2| image.apply_snapshot(None, Some("s"));
+    for entry in [l1, l1 + 8, l2, l2 + 8] {
+        refuses(&disk, entry, &delete);
+        refuses(&disk, entry, &apply);
+    }
+    // What the disk itself has is given up when a snapshot is applied, and shared when one is taken.
+    let own = word(&disk, word(&disk, 40)) & (u64::MAX >> 8);
+    refuses(&disk, own + 8, &apply);
+    refuses(&disk, own + 8, &|image| {
+        image.create_snapshot(Snapshot { name: "t".into(), ..Snapshot::default() })
+    });
 }
 
 #[test]

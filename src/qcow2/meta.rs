@@ -25,6 +25,9 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
+/// A set of cluster numbers.
+pub type Clusters = HashSet<u64, ByOffset>;
+
 /// What a look-up could not do.
 #[derive(Debug)]
 pub enum Miss {
@@ -137,7 +140,7 @@ pub struct Meta {
     /// The header has a bitmaps extension that does not count.
     pub stale_extension: bool,
     /// Clusters that hold metadata: guest data never go there.
-    pub tables: HashSet<u64, ByOffset>,
+    pub tables: Clusters,
     /// Where to look for free clusters first: none is free below (that we know).
     pub cursor: u64,
     /// Every cluster from here on is free or unknown; allocation that finds no hole goes here.

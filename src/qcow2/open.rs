@@ -13,11 +13,10 @@ use super::corrupt::OnCorrupt;
 use super::crypt::{self, Unlock};
 use super::extension;
 use super::header::{self, Header};
-use super::meta::{Meta, Table, read_padded};
+use super::meta::{Clusters, Meta, Table, read_padded};
 use super::types::{OFFSET_MASK, REFTABLE_MASK, be32, be64};
 use crate::block::debug::BlkdebugEvent;
 use crate::block::node::{Edge, Node};
-use std::collections::HashSet;
 use std::io;
 use std::sync::Arc;
 use std::time::Instant;
@@ -144,7 +143,7 @@ pub fn open(
         generation: 0,
         stored,
         stale_extension,
-        tables: HashSet::default(),
+        tables: Clusters::default(),
         cursor: 0,
         tail: clusters.min(blocks << geo.block_bits()),
         fresh: clusters,
@@ -272,20 +271,36 @@ fn read_table(file: &Node, what: &str, offset: u64, count: u64) -> io::Result<Ve
     Ok(entries)
 }
 
+fn once(found: &mut Clusters, k: u64) -> io::Result<()> {
+    if found.insert(k) {
+        return Ok(());
+    }
+    let why = format!("metadata overlap at cluster {k:#x}; cannot be opened read/write");
+    Err(io::Error::new(io::ErrorKind::InvalidData, format!("qcow2: Image is corrupt: {why}")))
+}
+
 impl Meta {
     /// Fills `tables`, so that guest data never overwrite metadata.
     ///
     /// # Errors
     /// Two tables in the same place: the image must not be written.
     pub(super) fn find_tables(&mut self, file: &Node) -> io::Result<()> {
-        let overlap = |k: u64| {
-            Err(io::Error::new(
-                io::ErrorKind::InvalidData,
-                format!(
-                    "qcow2: Image is corrupt: metadata overlap at cluster {k:#x}; cannot be opened read/write"
-                ),
-            ))
-        };
+        let mut found = self.fixed_tables(file)?;
+        let l2 = self.l1.entries.iter().map(|e| e & OFFSET_MASK).filter(|o| *o != 0);
+        // What is unaligned or beyond the end is found when it is used.
+        for k in l2.filter(|o| *o < self.file_len).map(|o| o >> self.geo.cluster_bits) {
+            once(&mut found, k)?;
+        }
+        self.tables = found;
+        Ok(())
+    }
+
+    /// The clusters of all metadata but L2 tables, the only ones that snapshots share.
+    ///
+    /// # Errors
+    /// As [`Meta::find_tables`].
+    pub(super) fn fixed_tables(&self, file: &Node) -> io::Result<Clusters> {
+        let mut found = Clusters::default();
         let bits = self.geo.cluster_bits;
         let mut ranges = vec![(0, 1)];
         ranges.push((self.header.reftable_offset, u64::from(self.header.reftable_clusters) << bits));
@@ -295,30 +310,17 @@ impl Meta {
         ranges.extend(self.header.bitmaps.iter().map(|ext| (ext.offset, ext.size)));
         ranges.extend(self.stored.iter().map(|s| (s.table, u64::from(s.entries) * 8)));
         for (offset, len) in ranges.into_iter().filter(|r| r.1 > 0) {
-            for k in self.geo.clusters(offset, len) {
-                if !self.tables.insert(k) {
-                    return overlap(k);
-                }
-            }
+            self.geo.clusters(offset, len).try_for_each(|k| once(&mut found, k))?;
         }
         for stored in &self.stored {
             let table = read_bitmap_table(file, &self.geo, stored)?;
-            for offset in table.iter().map(|e| e & OFFSET_MASK).filter(|o| *o != 0) {
-                if !self.tables.insert(offset >> bits) {
-                    return overlap(offset >> bits);
-                }
-            }
+            let data = table.iter().map(|e| e & OFFSET_MASK).filter(|o| *o != 0);
+            data.map(|o| o >> bits).try_for_each(|k| once(&mut found, k))?;
         }
-        let masked = |e: &u64, mask: u64| e & mask;
-        let l2 = self.l1.entries.iter().map(|e| masked(e, OFFSET_MASK));
-        let blocks = self.reftable.entries.iter().map(|e| masked(e, REFTABLE_MASK));
-        for offset in l2.chain(blocks).filter(|o| *o != 0) {
-            // What is unaligned or beyond the end is found when it is used.
-            if offset < self.file_len && !self.tables.insert(offset >> bits) {
-                return overlap(offset >> bits);
-            }
-        }
-        Ok(())
+        let blocks = self.reftable.entries.iter().map(|e| e & REFTABLE_MASK).filter(|o| *o != 0);
+        // As with L2 tables.
+        blocks.filter(|o| *o < self.file_len).map(|o| o >> bits).try_for_each(|k| once(&mut found, k))?;
+        Ok(found)
     }
 
     /// Where the snapshot table and the snapshots' L1 tables are: offsets and lengths in bytes.

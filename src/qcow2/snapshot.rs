@@ -26,8 +26,9 @@
 //! Whatever fails on the way is undone, or, when it has taken effect already, brought to its end,
 //! by rebuilding the refcounts as at the opening of a dirty image. An error means: as before.
 
+use super::corrupt::corrupt;
 use super::header::{INCOMPAT_DIRTY, MAX_L1_BYTES};
-use super::meta::{Meta, read_padded, write_all};
+use super::meta::{Clusters, Meta, read_padded, write_all};
 use super::mutant::Mutant;
 use super::types::{COPIED, OFFSET_MASK, be32, be64};
 use super::{Exclusive, Qcow2};
@@ -142,15 +143,22 @@ pub(super) fn read_table(file: &Node, offset: u64, count: u32, disk_size: u64) -
 
 impl Meta {
     /// The clusters that the L2 table at `table` refers to, one by one, and that table itself.
-    fn references(&mut self, file: &Node, table: u64) -> io::Result<Vec<u64>> {
+    ///
+    /// # Errors
+    /// Corruption: metadata are there. `fixed`: those that are no L2 table.
+    fn references(&mut self, file: &Node, table: u64, fixed: &Clusters) -> io::Result<Vec<u64>> {
         let geo = self.geo;
+        if fixed.contains(&geo.cluster(table)) {
+            return Err(corrupt(self.overlap(&(table..table + geo.cluster_size()))));
+        }
         let mut out = vec![geo.cluster(table)];
         for page in (table..table + geo.cluster_size()).step_by(geo.page_size() as usize) {
             self.load_l2(file, page)?;
-            let words = self.l2.get(page).unwrap_or(&[]);
+            let words = self.l2.get(page).unwrap_or(&[]).to_vec();
             for at in (0..words.len()).step_by(1 << geo.entry_bits()) {
-                let bitmap = if geo.extended { be64(words, at + 8) } else { 0 };
-                let entry = geo.decode(be64(words, at), bitmap).map_err(super::corrupt::corrupt)?;
+                let bitmap = if geo.extended { be64(&words, at + 8) } else { 0 };
+                let entry = geo.decode(be64(&words, at), bitmap).map_err(corrupt)?;
+                self.may_free(&entry)?;
                 if let Some((offset, len)) = entry.compressed {
                     out.extend(geo.clusters(offset, len));
                 } else if let Some(host) = entry.host.filter(|_| !geo.external) {
@@ -165,6 +173,8 @@ impl Meta {
 /// What an operation does with the references of a set of tables.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Change {
+    /// Nothing: before something is done that cannot be taken back. Refuses what the others do.
+    Look,
     Raise,
     Drop,
 }
@@ -220,20 +230,22 @@ impl Qcow2 {
     /// Raises or drops all references of the tables in `l1`.
     fn change(&self, l1: &[u64], what: Change) -> io::Result<()> {
         let file = self.file()?;
+        let fixed = self.lock().fixed_tables(&file)?;
         // One that is named a million times would keep us for hours.
         let mut seen = HashSet::new();
         for table in l1.iter().map(|e| e & OFFSET_MASK).filter(|t| *t != 0) {
             if !seen.insert(table) {
-                return Err(super::corrupt::corrupt(format!("L2 table {table:#x} is used twice")));
+                return Err(corrupt(format!("L2 table {table:#x} is used twice")));
             }
             let mut meta = self.lock();
             let size = meta.geo.cluster_size();
             if table & (size - 1) != 0 || table.saturating_add(size) > meta.geo.round_up(meta.file_len) {
-                return Err(super::corrupt::corrupt(format!("L2 table offset {table:#x} is not possible")));
+                return Err(corrupt(format!("L2 table offset {table:#x} is not possible")));
             }
-            let clusters = meta.references(&file, table)?;
+            let clusters = meta.references(&file, table, &fixed)?;
             for k in clusters {
                 match what {
+                    Change::Look => {}
                     Change::Raise => meta.add_reference(&file, k)?,
                     Change::Drop => {
                         let bits = meta.geo.cluster_bits;
@@ -414,9 +426,10 @@ impl Qcow2 {
         let mut entries = self.list_snapshots()?;
         let found = Self::find(&entries, id, name);
         let gone = entries.remove(found.ok_or_else(|| io::Error::from_raw_os_error(libc::ENOENT))?);
+        let l1 = self.judge(self.read_l1(&gone))?;
+        self.judge(self.change(&l1, Change::Look))?;
         self.begin()?;
         self.guarded(|progress| {
-            let l1 = self.read_l1(&gone)?;
             self.put_table(&entries)?;
             self.checkpoint(true)?;
             progress.done = true;
@@ -453,6 +466,8 @@ impl Qcow2 {
                 return Err(io::Error::from_raw_os_error(libc::EFBIG));
             }
             l1.resize(need as usize, 0);
+            let active = self.lock().l1.entries.clone();
+            self.change(&active, Change::Look)?;
             self.change(&l1, Change::Raise)?;
             let (offset, clusters) = self.place_l1(need)?;
             if self.has_bug(Mutant::MovedUnsynced) {
@@ -494,7 +509,7 @@ impl Qcow2 {
     fn read_l1(&self, of: &Entry) -> io::Result<Vec<u64>> {
         let len = u64::from(of.l1_size) * 8;
         if len > MAX_L1_BYTES || of.l1_offset & (self.geo.cluster_size() - 1) != 0 {
-            return Err(super::corrupt::corrupt("a snapshot's L1 table is not where it can be"));
+            return Err(corrupt("a snapshot's L1 table is not where it can be"));
         }
         let mut bytes = vec![0; len as usize];
         read_padded(&*self.file()?, of.l1_offset, &mut bytes)?;
