@@ -344,3 +344,7 @@ impl Monitor {
 #[cfg(test)]
 #[path = "server_test.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "oob_test.rs"]
+mod oob_tests;

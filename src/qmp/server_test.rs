@@ -9,24 +9,24 @@ use std::os::fd::BorrowedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 
 /// A server with a VM, driven by hand.
-struct Rig {
-    server: Server,
-    vm: Vm,
+pub(super) struct Rig {
+    pub(super) server: Server,
+    pub(super) vm: Vm,
 }
 
 /// The client's end.
-struct Peer {
-    stream: UnixStream,
-    got: Vec<u8>,
+pub(super) struct Peer {
+    pub(super) stream: UnixStream,
+    pub(super) got: Vec<u8>,
 }
 
 impl Rig {
-    fn new() -> Rig {
+    pub(super) fn new() -> Rig {
         Rig { server: Server::new(), vm: Vm::new(Settings::default()).unwrap() }
     }
 
     /// A monitor on a socket pair, its greeting taken.
-    fn connect(&mut self) -> Peer {
+    pub(super) fn connect(&mut self) -> Peer {
         let (ours, theirs) = UnixStream::pair().unwrap();
         self.server.adopt(theirs.into(), false).unwrap();
         let mut peer = Peer::new(ours);
@@ -43,7 +43,7 @@ impl Rig {
     }
 
     /// One turn of the loop; true when it ended before the requests did.
-    fn turn(&mut self, wait: Duration) -> bool {
+    pub(super) fn turn(&mut self, wait: Duration) -> bool {
         let mut set = PollSet::default();
         self.server.prepare(&mut self.vm, &mut set);
         set.until(Instant::now() + wait);
@@ -59,7 +59,7 @@ impl Rig {
         }
     }
 
-    fn ask(&mut self, peer: &mut Peer, request: Value) -> Value {
+    pub(super) fn ask(&mut self, peer: &mut Peer, request: Value) -> Value {
         peer.send(request.to_string().as_bytes());
         self.run();
         peer.next().expect("no reply")
@@ -72,16 +72,16 @@ impl Peer {
         Peer { stream, got: Vec::new() }
     }
 
-    fn send(&mut self, bytes: &[u8]) {
+    pub(super) fn send(&mut self, bytes: &[u8]) {
         (&self.stream).write_all(bytes).unwrap();
     }
 
-    fn send_fds(&mut self, bytes: &[u8], fds: &[BorrowedFd]) {
+    pub(super) fn send_fds(&mut self, bytes: &[u8], fds: &[BorrowedFd]) {
         assert_eq!(unix::send_fds(self.stream.as_fd(), bytes, fds).unwrap(), bytes.len());
     }
 
     /// Takes what is there; the next line, if one is complete.
-    fn next(&mut self) -> Option<Value> {
+    pub(super) fn next(&mut self) -> Option<Value> {
         let mut buf = [0; 65536];
         while let Ok(n @ 1..) = (&self.stream).read(&mut buf) {
             self.got.extend_from_slice(&buf[..n]);
@@ -101,21 +101,21 @@ impl Peer {
     }
 }
 
-fn name(e: &Value) -> &str {
+pub(super) fn name(e: &Value) -> &str {
     e["event"].as_str().unwrap_or("reply")
 }
 
 /// A pipe: when all its writers are closed, the reader sees the end.
-struct Pipe(std::io::PipeReader, Option<std::io::PipeWriter>);
+pub(super) struct Pipe(std::io::PipeReader, Option<std::io::PipeWriter>);
 
 impl Pipe {
-    fn new() -> Pipe {
+    pub(super) fn new() -> Pipe {
         let (r, w) = std::io::pipe().unwrap();
         unix::set_nonblocking(r.as_fd(), true).unwrap();
         Pipe(r, Some(w))
     }
 
-    fn fd(&self) -> BorrowedFd<'_> {
+    pub(super) fn fd(&self) -> BorrowedFd<'_> {
         self.1.as_ref().unwrap().as_fd()
     }
 
@@ -502,121 +502,4 @@ fn many_requests_of_one_client_do_not_shut_out_another() {
     rig.run();
     let rest = greedy.all().len();
     assert!(rest > 0, "the rest is lost");
-}
-
-#[test]
-fn out_of_band_requests_are_answered_while_the_control_thread_is_elsewhere() {
-    let mut rig = Rig::new();
-    let pulled = Arc::new(std::sync::atomic::AtomicBool::new(false));
-    let own = pulled.clone();
-    let node =
-        rig.vm.graph.yanks().enter("far", move || own.store(true, std::sync::atomic::Ordering::SeqCst));
-    let mut peer = rig.connect();
-    peer.stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-    let enable = json!({"execute": "qmp_capabilities", "arguments": {"enable": ["oob"]}});
-    assert_eq!(rig.ask(&mut peer, enable), json!({"return": {}}));
-    // From here on nobody turns the loop.
-    let line = |v: Value| format!("{v}\n").into_bytes();
-    let far = json!([{"type": "block-node", "node-name": "far"}]);
-    let near =
-        json!([{"type": "block-node", "node-name": "far"}, {"type": "block-node", "node-name": "near"}]);
-    let oob = |name: &str, args: Value, id: &str| json!({"exec-oob": name, "arguments": args, "id": id});
-    for id in 0..7 {
-        peer.send(&line(json!({"execute": "query-name", "id": id})));
-    }
-    peer.send(&line(oob("query-yank", json!({}), "a")));
-    peer.send(&line(oob("yank", json!({"instances": near}), "b")));
-    peer.send(&line(oob("query-name", json!({}), "c")));
-    peer.send(&line(oob("no-such", json!({}), "d")));
-    peer.send(&line(json!({"exec-oob": 7, "id": "e"})));
-    peer.send(&line(oob("yank", json!({"instances": []}), "f")));
-    let wait = |peer: &mut Peer| {
-        let mut got = [0; 4096];
-        while !peer.got.contains(&b'\n') {
-            let n = peer.stream.read(&mut got).unwrap_or_else(|e| panic!("no answer: {e}"));
-            assert!(n > 0, "the server has hung up");
-            peer.got.extend(&got[..n]);
-        }
-        let end = peer.got.iter().position(|b| *b == b'\n').unwrap();
-        serde_json::from_slice::<Value>(&peer.got.drain(..=end).collect::<Vec<_>>()).unwrap()
-    };
-    peer.stream.set_nonblocking(false).unwrap();
-    let desc = |v: Value| (v["id"].clone(), v["error"]["class"].clone(), v["error"]["desc"].clone());
-    assert_eq!(wait(&mut peer), json!({"return": far, "id": "a"}));
-    assert_eq!(desc(wait(&mut peer)), (json!("b"), json!("DeviceNotFound"), json!("Instance not found")));
-    assert!(!pulled.load(std::sync::atomic::Ordering::SeqCst));
-    let text = json!("The command query-name does not support OOB");
-    assert_eq!(desc(wait(&mut peer)), (json!("c"), json!("GenericError"), text));
-    let text = json!("The command no-such has not been found");
-    assert_eq!(desc(wait(&mut peer)), (json!("d"), json!("CommandNotFound"), text));
-    let text = json!("QMP input member 'exec-oob' must be a string");
-    assert_eq!(desc(wait(&mut peer)), (json!("e"), json!("GenericError"), text));
-    assert_eq!(wait(&mut peer), json!({"return": {}, "id": "f"}));
-    peer.send(&line(oob("yank", json!({"instances": far}), "g")));
-    assert_eq!(wait(&mut peer), json!({"return": {}, "id": "g"}));
-    assert!(pulled.load(std::sync::atomic::Ordering::SeqCst));
-    // The eighth that waits is the last that is read.
-    for id in 7..20 {
-        peer.send(&line(json!({"execute": "query-name", "id": id})));
-    }
-    peer.send(&line(oob("query-yank", json!({}), "late")));
-    peer.stream.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
-    assert!(peer.stream.read(&mut [0; 1]).is_err(), "read on, although eight wait");
-    peer.stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-    drop(node);
-    // And now the loop turns again: the others are answered in their order.
-    let mut ids = Vec::new();
-    let (start, mut late) = (Instant::now(), None);
-    while ids.len() < 20 || late.is_none() {
-        assert!(start.elapsed() < Duration::from_secs(20), "{ids:?}");
-        rig.turn(Duration::from_millis(10));
-        peer.stream.set_nonblocking(true).unwrap();
-        while let Some(reply) = peer.next() {
-            match reply["id"].as_i64() {
-                Some(id) => ids.push(id),
-                None => late = Some(reply),
-            }
-        }
-    }
-    assert_eq!(ids, (0..20).collect::<Vec<_>>());
-    assert_eq!(late, Some(json!({"return": [], "id": "late"})));
-}
-
-#[test]
-fn a_client_with_a_thread_gets_events_passes_descriptors_and_goes() {
-    let mut rig = Rig::new();
-    let mut peer = rig.connect();
-    let enable = json!({"execute": "qmp_capabilities", "arguments": {"enable": ["oob"]}});
-    assert_eq!(rig.ask(&mut peer, enable), json!({"return": {}}));
-    let turns = |rig: &mut Rig, peer: &mut Peer| {
-        let start = Instant::now();
-        loop {
-            assert!(start.elapsed() < Duration::from_secs(20));
-            rig.turn(Duration::from_millis(10));
-            if let Some(message) = peer.next() {
-                return message;
-            }
-        }
-    };
-    let pipe = Pipe::new();
-    let request = json!({"execute": "getfd", "arguments": {"fdname": "p"}});
-    peer.send_fds(format!("{request}\n").as_bytes(), &[pipe.fd()]);
-    assert_eq!(turns(&mut rig, &mut peer), json!({"return": {}}));
-    // With a space, long before the request, as QEMU's Python client sends them.
-    peer.send_fds(b" ", &[pipe.fd()]);
-    std::thread::sleep(Duration::from_millis(50));
-    peer.send(format!("{request}\n").as_bytes());
-    assert_eq!(turns(&mut rig, &mut peer), json!({"return": {}}));
-    rig.vm.powerdown();
-    assert_eq!(name(&turns(&mut rig, &mut peer)), "POWERDOWN");
-    // A request, and gone: it is run, and the monitor is free again.
-    peer.send(b"{\"execute\": \"closefd\", \"arguments\": {\"fdname\": \"p\"}}\n");
-    drop(peer);
-    let start = Instant::now();
-    while rig.server.monitors[0].client.is_some() {
-        assert!(start.elapsed() < Duration::from_secs(20), "the client stays");
-        rig.turn(Duration::from_millis(10));
-    }
-    let e = rig.server.monitors[0].conn.take_named("p").unwrap_err();
-    assert_eq!(e.desc, "File descriptor named 'p' has not been found");
 }
