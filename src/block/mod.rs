@@ -15,6 +15,7 @@ pub mod copy_before_write;
 pub mod debug;
 pub mod drive;
 pub mod driver;
+pub mod edge;
 pub mod edit;
 pub mod file;
 pub mod file_open;

@@ -1,16 +1,16 @@
-//! A node of the block graph, and the edges between nodes.
+//! A node of the block graph.
 //!
 //! Owns: a driver, and everything that comes before it: bounds, read-only, alignment (bounce
 //! buffers, read-modify-write), fall-backs for zero and discard, detect-zeroes, FUA, and the
 //! bookkeeping after a write. Never: knows who is above. Drivers reach their children by
 //! `edge.node()` and the methods here, never by `node.driver`, so that each level's checks hold.
-//! Threads: I/O from any; edges are set by the control thread only, with the gates above closed.
-//! Locks: an edge's own, for the moment of a clone; the list of serialised requests, only for
-//! drivers that need aligned requests, never across I/O (a request that overlaps a
-//! read-modify-write waits for it on a condition variable).
+//! Threads: I/O from any. Locks: the list of serialised requests, only for drivers that need aligned
+//! requests, never across I/O (a request that overlaps a read-modify-write waits for it on a
+//! condition variable).
 
 use super::bitmaps::Bitmaps;
 use super::debug::{BlkdebugEvent, Locks};
+pub use super::edge::Edge;
 pub use super::node_options::{DetectZeroes, NodeOptions};
 
 use super::driver::{Driver, Extent, ExtentKind, Flags, Limits, Preallocation};
@@ -23,7 +23,7 @@ use crate::sys::buf::AlignedBuf;
 use crate::sys::iov::{Iov, IovMut};
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// The longest bounce buffer, in bytes; longer requests go through it in pieces.
 const BOUNCE: u64 = 1 << 20;
@@ -38,40 +38,6 @@ pub(super) fn errno(code: i32) -> io::Error {
 
 fn is_enotsup(e: &io::Error) -> bool {
     matches!(e.raw_os_error(), Some(libc::ENOTSUP))
-}
-
-/// A connection from a user (a driver or a [`Handle`](super::handle::Handle)) down to a node.
-pub struct Edge {
-    /// `file`, `backing`, `data-file`, `children.0`, `root`…
-    pub role: String,
-    to: RwLock<Option<Arc<Node>>>,
-}
-
-impl Edge {
-    /// A new edge to `node`, or to nothing (no backing file, no medium).
-    pub fn new(role: impl Into<String>, node: Option<Arc<Node>>) -> Arc<Edge> {
-        Arc::new(Edge { role: role.into(), to: RwLock::new(node) })
-    }
-
-    /// The node below, if any.
-    pub fn node(&self) -> Option<Arc<Node>> {
-        self.to.read().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    /// Asks the node below something that does not block (its length): cheaper than [`Edge::node`].
-    pub fn peek<T>(&self, f: impl FnOnce(&Node) -> T) -> Option<T> {
-        self.to.read().unwrap_or_else(PoisonError::into_inner).as_deref().map(f)
-    }
-
-    /// The node below; ENOMEDIUM without one.
-    pub fn need(&self) -> io::Result<Arc<Node>> {
-        self.node().ok_or_else(|| errno(libc::ENOMEDIUM))
-    }
-
-    /// Points the edge elsewhere. Only the graph does this, with the gates above closed.
-    pub(super) fn set(&self, node: Option<Arc<Node>>) -> Option<Arc<Node>> {
-        std::mem::replace(&mut *self.to.write().unwrap_or_else(PoisonError::into_inner), node)
-    }
 }
 
 /// Tells the control thread that a write went beyond the threshold; by how many bytes.
