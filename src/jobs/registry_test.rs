@@ -1,13 +1,12 @@
 //! Jobs that copy nothing: their states, and what is told of them in which order.
 
 use super::super::job::{After, JobCtx, Stop, Work};
+use super::super::testing::Desk;
 use super::*;
 use crate::block::driver::{Flags, Perm};
 use crate::block::handle::{Handle, HandleSpec, OnError};
 use crate::block::node::NodeOptions;
 use crate::block::testing::Mem;
-use crate::event::Event;
-use crate::sys::inbox::Inbox;
 use crate::sys::iov::Iov;
 use std::io;
 use std::slice::from_ref;
@@ -16,41 +15,25 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Mutex, MutexGuard};
 use std::time::Instant;
 
-/// The control thread's things.
-struct Desk {
-    jobs: Jobs,
-    graph: Graph,
-    events: Events,
-    told: Vec<String>,
+/// What was told, of any of several jobs.
+fn in_full(event: JobEvent) -> Option<String> {
+    Some(match event {
+        JobEvent::Status(id, s) => format!("{id} {}", s.as_str()),
+        JobEvent::Ready(r) => format!("{} READY {}/{}", r.id, r.progress.offset, r.progress.len),
+        JobEvent::Completed(r, e) => format!("{} COMPLETED {}", r.id, e.unwrap_or_default()),
+        JobEvent::Cancelled(r) => format!("{} CANCELLED", r.id),
+        JobEvent::Pending(_, id) => format!("{id} PENDING"),
+        JobEvent::Error { id, read, action } => format!("{id} ERROR {read} {action:?}"),
+    })
 }
 
 impl Desk {
-    fn new() -> Desk {
-        let events = Arc::new(Inbox::new().unwrap());
-        Desk { jobs: Jobs::new(), graph: Graph::new(), events, told: Vec::new() }
+    fn of_many() -> Desk {
+        Desk { say: in_full, ..Desk::new() }
     }
 
-    /// Acts on what is in the inbox, and notes what is told.
-    fn turn(&mut self) {
-        for event in self.events.take() {
-            if let Event::Job(serial) = event {
-                self.jobs.serve(&mut self.graph, serial);
-            }
-        }
-        for event in std::mem::take(&mut self.jobs.out) {
-            self.told.push(match event {
-                JobEvent::Status(id, s) => format!("{id} {}", s.as_str()),
-                JobEvent::Ready(r) => format!("{} READY {}/{}", r.id, r.progress.offset, r.progress.len),
-                JobEvent::Completed(r, e) => format!("{} COMPLETED {}", r.id, e.unwrap_or_default()),
-                JobEvent::Cancelled(r) => format!("{} CANCELLED", r.id),
-                JobEvent::Pending(_, id) => format!("{id} PENDING"),
-                JobEvent::Error { id, read, action } => format!("{id} ERROR {read} {action:?}"),
-            });
-        }
-    }
-
-    /// Turns until `what` was told.
-    fn until(&mut self, what: &str) {
+    /// Turns until `what` was told, and forgets nothing.
+    fn until_told(&mut self, what: &str) {
         let start = Instant::now();
         loop {
             self.turn();
@@ -149,14 +132,14 @@ fn sleeper() -> Script {
 
 #[test]
 fn a_job_that_does_well() {
-    let mut desk = Desk::new();
+    let mut desk = Desk::of_many();
     let script = Script::new(|cx| {
         cx.progress(5, 5);
         Ok(())
     });
     let seen = script.log.clone();
     desk.go(spec("a"), script);
-    desk.until("a null");
+    desk.until_told("a null");
     let order = ["a created", "a running", "a waiting", "a pending", "a COMPLETED ", "a concluded", "a null"];
     assert_eq!(desk.told, order);
     assert_eq!(*log(&seen), ["prepare", "commit", "clean"]);
@@ -165,9 +148,9 @@ fn a_job_that_does_well() {
 
 #[test]
 fn jobs_that_fail_early_and_late() {
-    let mut desk = Desk::new();
+    let mut desk = Desk::of_many();
     desk.go(spec("a"), Script::new(|_| Err(io::Error::from_raw_os_error(libc::ENOSPC).into())));
-    desk.until("a null");
+    desk.until_told("a null");
     let order = [
         "a created",
         "a running",
@@ -182,7 +165,7 @@ fn jobs_that_fail_early_and_late() {
     let late = Script { fails: true, ..Script::new(|_| Ok(())) };
     let seen = late.log.clone();
     desk.go(spec("b"), late);
-    desk.until("b null");
+    desk.until_told("b null");
     let order = [
         "b created",
         "b running",
@@ -198,12 +181,12 @@ fn jobs_that_fail_early_and_late() {
 
     desk.told.clear();
     desk.go(spec("c"), Script::new(|_| panic!("a defect")));
-    desk.until("c COMPLETED Internal error: a defect");
+    desk.until_told("c COMPLETED Internal error: a defect");
 }
 
 #[test]
 fn names_and_speeds() {
-    let mut desk = Desk::new();
+    let mut desk = Desk::of_many();
     let mut try_it = |id: &str, speed: i64| {
         let spec = Spec { speed, ..spec(id) };
         let made = desk.jobs.create(spec, &desk.events.clone(), &[], || Ok(Box::new(sleeper())));
@@ -229,7 +212,7 @@ fn names_and_speeds() {
 
 #[test]
 fn cancel_pause_and_quit_do_not_wait_for_a_sleep() {
-    let mut desk = Desk::new();
+    let mut desk = Desk::of_many();
     let key = desk.go(spec("a"), sleeper());
     // A limit of a byte a second, and a piece of a MiB.
     let slow = Script::new(|cx| {
@@ -243,18 +226,18 @@ fn cancel_pause_and_quit_do_not_wait_for_a_sleep() {
     desk.jobs.pause(key).unwrap();
     desk.jobs.pause(slow).unwrap();
     assert_eq!(desk.jobs.pause(key).unwrap_err().desc, "Job is already paused");
-    desk.until("a paused");
-    desk.until("b paused");
+    desk.until_told("a paused");
+    desk.until_told("b paused");
     let denied = desk.jobs.cancel_block(&mut desk.graph, key, false).unwrap_err();
     assert_eq!(denied.desc, "The block job for device 'a' is currently paused");
     let verb = desk.jobs.complete(key).unwrap_err();
     assert_eq!(verb.desc, "Job 'a' in state 'paused' cannot accept command verb 'complete'");
     desk.told.clear();
     desk.jobs.resume(slow).unwrap();
-    desk.until("b running");
+    desk.until_told("b running");
     assert_eq!(desk.jobs.resume(slow).unwrap_err().desc, "Can't resume a job that was not paused");
     desk.jobs.cancel_block(&mut desk.graph, slow, false).unwrap();
-    desk.until("b null");
+    desk.until_told("b null");
     assert_eq!(desk.told, ["b running", "b aborting", "b CANCELLED", "b concluded", "b null"]);
     desk.jobs.cancel_all(&mut desk.graph);
     desk.turn();
@@ -265,7 +248,7 @@ fn cancel_pause_and_quit_do_not_wait_for_a_sleep() {
 
 #[test]
 fn a_paused_job_does_nothing_and_a_new_speed_counts_at_once() {
-    let mut desk = Desk::new();
+    let mut desk = Desk::of_many();
     let count = Arc::new(AtomicU64::new(0));
     let counter = count.clone();
     let work = Script::new(move |cx| {
@@ -277,7 +260,7 @@ fn a_paused_job_does_nothing_and_a_new_speed_counts_at_once() {
     let key = desk.go(Spec { speed: 1 << 20, ..spec("a") }, work);
     std::thread::sleep(Duration::from_millis(300));
     desk.jobs.pause(key).unwrap();
-    desk.until("a paused");
+    desk.until_told("a paused");
     let at = count.load(SeqCst);
     assert!((3..=8).contains(&at), "{at} pieces of 64 KiB in 0.3 s at 1 MiB/s");
     std::thread::sleep(Duration::from_millis(100));
@@ -296,12 +279,12 @@ fn a_paused_job_does_nothing_and_a_new_speed_counts_at_once() {
 
 #[test]
 fn finalize_and_dismiss_by_hand() {
-    let mut desk = Desk::new();
+    let mut desk = Desk::of_many();
     let by_hand = Spec { auto_finalize: false, auto_dismiss: false, ..spec("a") };
     let script = Script::new(|_| Ok(()));
     let seen = script.log.clone();
     let key = desk.go(by_hand, script);
-    desk.until("a PENDING");
+    desk.until_told("a PENDING");
     assert!(log(&seen).is_empty());
     let no = desk.jobs.dismiss(key).unwrap_err();
     assert_eq!(no.desc, "Job 'a' in state 'pending' cannot accept command verb 'dismiss'");
@@ -315,7 +298,7 @@ fn finalize_and_dismiss_by_hand() {
     // A pending one can still be cancelled.
     let by_hand = Spec { auto_finalize: false, ..spec("b") };
     let key = desk.go(by_hand, Script::new(|_| Ok(())));
-    desk.until("b PENDING");
+    desk.until_told("b PENDING");
     desk.told.clear();
     desk.jobs.cancel_block(&mut desk.graph, key, false).unwrap();
     desk.turn();
@@ -339,15 +322,15 @@ fn ready(ended: Sender<&'static str>) -> Script {
 
 #[test]
 fn ready_jobs_complete_or_are_cancelled_softly_or_not() {
-    let mut desk = Desk::new();
+    let mut desk = Desk::of_many();
     let (tx, rx): (_, Receiver<&'static str>) = channel();
     let key = desk.go(spec("a"), ready(tx.clone()));
-    desk.until("a READY 7/7");
+    desk.until_told("a READY 7/7");
     desk.jobs.pause(key).unwrap();
-    desk.until("a standby");
+    desk.until_told("a standby");
     desk.jobs.complete(key).unwrap();
     desk.jobs.resume(key).unwrap();
-    desk.until("a null");
+    desk.until_told("a null");
     assert_eq!(rx.recv().unwrap(), "complete");
     let order = [
         "a created",
@@ -366,9 +349,9 @@ fn ready_jobs_complete_or_are_cancelled_softly_or_not() {
 
     for (id, force, end) in [("b", false, "b COMPLETED "), ("c", true, "c CANCELLED")] {
         let key = desk.go(spec(id), ready(tx.clone()));
-        desk.until(&format!("{id} ready"));
+        desk.until_told(&format!("{id} ready"));
         desk.jobs.cancel_block(&mut desk.graph, key, force).unwrap();
-        desk.until(&format!("{id} null"));
+        desk.until_told(&format!("{id} null"));
         assert!(desk.told.iter().any(|t| t == end), "{:?}", desk.told);
     }
     assert_eq!(rx.recv().unwrap(), "stop");
@@ -378,7 +361,7 @@ fn ready_jobs_complete_or_are_cancelled_softly_or_not() {
 fn a_job_that_ends_before_it_pauses_is_not_paused() {
     let (go, gone) = channel();
     let (told, tells) = channel();
-    let mut desk = Desk::new();
+    let mut desk = Desk::of_many();
     let script = Script::new(move |_| {
         told.send(()).unwrap();
         let _ = gone.recv();
@@ -388,17 +371,17 @@ fn a_job_that_ends_before_it_pauses_is_not_paused() {
     tells.recv().unwrap();
     desk.jobs.pause(key).unwrap();
     go.send(()).unwrap();
-    desk.until("p pending");
+    desk.until_told("p pending");
     assert!(!desk.jobs.query()[0].paused, "nobody could resume it any more");
     desk.jobs.cancel_block(&mut desk.graph, key, false).unwrap();
-    desk.until("p CANCELLED");
+    desk.until_told("p CANCELLED");
 }
 
 #[test]
 fn a_ready_job_at_rest_is_not_busy_though_its_thread_runs() {
     let (go, gone) = channel();
     let (told, tells) = channel();
-    let mut desk = Desk::new();
+    let mut desk = Desk::of_many();
     let script = Script::mirror(move |cx| {
         cx.at_rest();
         cx.ready();
@@ -413,7 +396,7 @@ fn a_ready_job_at_rest_is_not_busy_though_its_thread_runs() {
         Ok(())
     });
     desk.go(spec("m"), script);
-    desk.until("m READY 0/0");
+    desk.until_told("m READY 0/0");
     let busy = |desk: &Desk| desk.jobs.query().into_iter().find(|j| j.id == "m").map(|j| j.now.busy);
     assert_eq!(busy(&desk), Some(false), "ready was told, and nothing is done");
     go.send(()).unwrap();
@@ -423,12 +406,12 @@ fn a_ready_job_at_rest_is_not_busy_though_its_thread_runs() {
     tells.recv().unwrap();
     assert_eq!(busy(&desk), Some(true));
     go.send(()).unwrap();
-    desk.until("m null");
+    desk.until_told("m null");
 }
 
 #[test]
 fn errors_and_their_policies() {
-    let mut desk = Desk::new();
+    let mut desk = Desk::of_many();
     let fail = |policy, code| {
         Script::new(move |cx| {
             for n in 0.. {
@@ -442,17 +425,17 @@ fn errors_and_their_policies() {
         })
     };
     desk.go(spec("r"), fail(OnError::Report, libc::EIO));
-    desk.until("r COMPLETED Input/output error");
+    desk.until_told("r COMPLETED Input/output error");
     assert!(desk.told.contains(&"r ERROR true Report".to_string()));
     desk.go(spec("e"), fail(OnError::Enospc, libc::EIO));
-    desk.until("e COMPLETED Input/output error");
+    desk.until_told("e COMPLETED Input/output error");
     desk.go(spec("i"), fail(OnError::Ignore, libc::EIO));
-    desk.until("i COMPLETED ");
+    desk.until_told("i COMPLETED ");
     for (id, policy) in [("s", OnError::Stop), ("n", OnError::Enospc), ("u", OnError::Auto)] {
         desk.told.clear();
         let key = desk.go(spec(id), fail(policy, libc::ENOSPC));
         for read in [true, false] {
-            desk.until(&format!("{id} paused"));
+            desk.until_told(&format!("{id} paused"));
             let job = desk.jobs.query().remove(0);
             assert!(job.paused && job.now.io_status == IoStatus::NoSpace && !job.now.busy);
             assert!(desk.told.contains(&format!("{id} ERROR {read} Stop")));
@@ -461,13 +444,13 @@ fn errors_and_their_policies() {
             // After the first it may have failed again by now.
             assert!(read || desk.jobs.query()[0].now.io_status == IoStatus::Ok);
         }
-        desk.until(&format!("{id} COMPLETED "));
+        desk.until_told(&format!("{id} COMPLETED "));
     }
 }
 
 #[test]
 fn a_transaction_succeeds_or_fails_together() {
-    let mut desk = Desk::new();
+    let mut desk = Desk::of_many();
     let txn = Some(desk.jobs.new_txn());
     let (go, wait) = channel::<()>();
     let one = desk.make(Spec { txn, ..spec("a") }, Script::new(|_| Ok(())));
@@ -475,10 +458,10 @@ fn a_transaction_succeeds_or_fails_together() {
     let two = desk.make(Spec { txn, ..spec("b") }, two);
     desk.jobs.start(&mut desk.graph, one);
     desk.jobs.start(&mut desk.graph, two);
-    desk.until("a waiting");
+    desk.until_told("a waiting");
     assert!(!desk.told.contains(&"a pending".to_string()));
     go.send(()).unwrap();
-    desk.until("a null");
+    desk.until_told("a null");
     assert_eq!(
         desk.told[4..],
         [
@@ -509,7 +492,7 @@ fn a_transaction_succeeds_or_fails_together() {
     for (id, script) in ["a", "b", "c"].into_iter().zip(scripts) {
         desk.go(Spec { txn, ..spec(id) }, script);
     }
-    desk.until("c null");
+    desk.until_told("c null");
     for end in ["a CANCELLED", "b CANCELLED", "c COMPLETED bad", "a null", "b null"] {
         assert!(desk.told.iter().any(|t| t == end), "no {end} in {:?}", desk.told);
     }
@@ -526,7 +509,7 @@ fn disk(graph: &mut Graph) -> (Arc<Node>, Arc<Handle>) {
 
 #[test]
 fn a_held_guest_waits_until_the_job_has_ended() {
-    let mut desk = Desk::new();
+    let mut desk = Desk::of_many();
     let (node, guest) = disk(&mut desk.graph);
     let ends = Arc::new(AtomicBool::new(false));
     let writes = Arc::new(AtomicU64::new(0));
@@ -564,7 +547,7 @@ fn a_held_guest_waits_until_the_job_has_ended() {
         Ok(())
     });
     let key = desk.go(spec("a"), works);
-    desk.until("a null");
+    desk.until_told("a null");
     assert!(desk.told.contains(&"a COMPLETED ".to_string()), "{:?}", desk.told);
     assert!(desk.jobs.at(key.0).is_none());
     let after = writes.load(SeqCst);
@@ -583,7 +566,7 @@ fn a_held_guest_waits_until_the_job_has_ended() {
         Ok(())
     });
     desk.go(spec("b"), works);
-    desk.until("b COMPLETED ");
+    desk.until_told("b COMPLETED ");
     ends.store(true, SeqCst);
     writer.join().unwrap();
     desk.graph.detach(&own);
@@ -592,7 +575,7 @@ fn a_held_guest_waits_until_the_job_has_ended() {
 
 #[test]
 fn a_guest_let_go_can_be_held_again_at_once() {
-    let mut desk = Desk::new();
+    let mut desk = Desk::of_many();
     let (node, guest) = disk(&mut desk.graph);
     let own = super::super::job::attach(&mut desk.graph, &node, Perm::CONSISTENT_READ, Perm::ALL).unwrap();
     let (source, mine) = (node.clone(), own.clone());
@@ -604,7 +587,7 @@ fn a_guest_let_go_can_be_held_again_at_once() {
         Ok(())
     });
     desk.go(spec("a"), works);
-    desk.until("a COMPLETED ");
+    desk.until_told("a COMPLETED ");
     desk.graph.detach(&own);
     desk.graph.detach(&guest);
 }

@@ -23,12 +23,27 @@ pub struct Desk {
     pub events: Events,
     /// What was told, in few words.
     pub told: Vec<String>,
+    /// Those words; `None`: it is not worth any.
+    pub say: fn(JobEvent) -> Option<String>,
+}
+
+/// The words for a test that has one job.
+fn briefly(event: JobEvent) -> Option<String> {
+    Some(match event {
+        JobEvent::Status(_, s) => s.as_str().to_string(),
+        JobEvent::Completed(r, e) => {
+            format!("COMPLETED {}/{} {}", r.progress.offset, r.progress.len, e.unwrap_or_default())
+        }
+        JobEvent::Cancelled(_) => "CANCELLED".to_string(),
+        JobEvent::Error { read, .. } => format!("ERROR {read}"),
+        _ => return None,
+    })
 }
 
 impl Desk {
     pub fn new() -> Desk {
         let events = Arc::new(Inbox::new().unwrap());
-        Desk { jobs: Jobs::new(), graph: Graph::new(), events, told: Vec::new() }
+        Desk { jobs: Jobs::new(), graph: Graph::new(), events, told: Vec::new(), say: briefly }
     }
 
     /// A disk in memory, which the user owns.
@@ -54,17 +69,7 @@ impl Desk {
                 self.jobs.serve(&mut self.graph, serial);
             }
         }
-        for event in std::mem::take(&mut self.jobs.out) {
-            self.told.push(match event {
-                JobEvent::Status(_, s) => s.as_str().to_string(),
-                JobEvent::Completed(r, e) => {
-                    format!("COMPLETED {}/{} {}", r.progress.offset, r.progress.len, e.unwrap_or_default())
-                }
-                JobEvent::Cancelled(_) => "CANCELLED".to_string(),
-                JobEvent::Error { read, .. } => format!("ERROR {read}"),
-                _ => continue,
-            });
-        }
+        self.told.extend(std::mem::take(&mut self.jobs.out).into_iter().filter_map(self.say));
     }
 
     /// Turns until `what` was told, and forgets it and what was before it.
