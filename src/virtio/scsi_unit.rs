@@ -280,11 +280,7 @@ impl Unit {
         if self.gone.load(Ordering::SeqCst) {
             return Err(Fail::Gone);
         }
-        let moves = match self.tray.as_ref().map_or(Ok(0), |t| t.reach()) {
-            Ok(moves) => moves,
-            Err(Unreachable::Open) => return Err(Sense::TRAY_OPEN.into()),
-            Err(Unreachable::Changed) => return Err(Sense::MEDIUM_CHANGED.into()),
-        };
+        let moves = self.reach_tray()?;
         if !self.present.load(Ordering::Relaxed) {
             return Err(self.refusal(moves, Sense::NO_MEDIUM));
         }
@@ -301,11 +297,16 @@ impl Unit {
         if self.tray.as_ref().is_none_or(|t| t.moves() == moves) {
             return sense.into();
         }
-        match self.tray.as_ref().map_or(Ok(0), |t| t.reach()) {
-            Err(Unreachable::Open) => Sense::TRAY_OPEN.into(),
-            // Somebody else may have been told.
-            Err(Unreachable::Changed) | Ok(_) => Sense::MEDIUM_CHANGED.into(),
-        }
+        // Somebody else may have been told.
+        self.reach_tray().err().unwrap_or(Sense::MEDIUM_CHANGED.into())
+    }
+
+    /// How often the tray has moved, if what is in it can be reached.
+    fn reach_tray(&self) -> Result<u64, Fail> {
+        self.tray.as_ref().map_or(Ok(0), |t| t.reach()).map_err(|e| match e {
+            Unreachable::Open => Sense::TRAY_OPEN.into(),
+            Unreachable::Changed => Sense::MEDIUM_CHANGED.into(),
+        })
     }
 
     /// The bytes that `count` blocks from `lba` on are, if they are on the medium.
