@@ -39,16 +39,6 @@ fn persistent(node: &Node, name: &str, granularity: u32) -> Arc<Bitmap> {
     bitmap
 }
 
-/// The dirty parts of a bitmap.
-fn runs(b: &Bitmap) -> Vec<(u64, u64)> {
-    let (mut out, mut at) = (Vec::new(), 0);
-    while let Some(run) = b.next_dirty(at, u64::MAX, u64::MAX) {
-        at = run.end;
-        out.push((run.start, run.end));
-    }
-    out
-}
-
 /// Name, granularity, flags, as qemu-img shows them.
 fn qemu_bitmaps(path: &Path) -> serde_json::Value {
     let text = qemu("qemu-img", &["info", "--output=json", path.to_str().unwrap()]);

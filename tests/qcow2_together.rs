@@ -5,7 +5,6 @@
 #[path = "support/qcow2.rs"]
 mod support;
 
-use minivmm::block::bitmap::Bitmap;
 use minivmm::block::driver::{Flags, Snapshot};
 use minivmm::block::node::{Edge, Node, NodeOptions};
 #[cfg(feature = "luks")]
@@ -172,15 +171,6 @@ impl Image<'_> {
         };
         list.iter().map(|b| (b["name"].as_str().unwrap().to_string(), words(&b["flags"]))).collect()
     }
-}
-
-fn runs(b: &Bitmap) -> Vec<(u64, u64)> {
-    let (mut out, mut at) = (Vec::new(), 0);
-    while let Some(run) = b.next_dirty(at, u64::MAX, u64::MAX) {
-        at = run.end;
-        out.push((run.start, run.end));
-    }
-    out
 }
 
 /// A disk's contents and the granules that were written since the bitmap was made.

@@ -2,6 +2,7 @@
 
 #![allow(dead_code)]
 
+use minivmm::block::bitmap::Bitmap;
 use minivmm::block::driver::{Driver, Flags};
 use minivmm::block::node::{Edge, Node, NodeOptions};
 use minivmm::qcow2::open::Options;
@@ -351,6 +352,16 @@ pub fn qemu_read(dir: &Dir, path: &Path) -> Vec<u8> {
     let raw = dir.path("qemu-read.raw");
     qemu("qemu-img", &["convert", "-f", "qcow2", "-O", "raw", path.to_str().unwrap(), raw.to_str().unwrap()]);
     std::fs::read(raw).expect("converted image")
+}
+
+/// The dirty parts of a bitmap.
+pub fn runs(b: &Bitmap) -> Vec<(u64, u64)> {
+    let (mut out, mut at) = (Vec::new(), 0);
+    while let Some(run) = b.next_dirty(at, u64::MAX, u64::MAX) {
+        at = run.end;
+        out.push((run.start, run.end));
+    }
+    out
 }
 
 /// The seed of this run, and how long it may take: `SEED` and `SOAK` (seconds) in the environment.
