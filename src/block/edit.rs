@@ -71,20 +71,35 @@ impl Graph {
     /// Changes edges as `f` says, checks cycles and permissions, and puts everything back if
     /// either, or `f` itself, fails. `quiesced` must cover every handle above the changed edges.
     pub fn edit(&mut self, quiesced: &Quiesced, f: impl FnOnce(&mut Edit) -> Result<()>) -> Result<()> {
+        self.change(quiesced, f).map(drop)
+    }
+
+    /// The same, for who may want everything back as long as the guests wait.
+    pub(super) fn change(
+        &mut self,
+        quiesced: &Quiesced,
+        f: impl FnOnce(&mut Edit) -> Result<()>,
+    ) -> Result<Changed> {
         let mut edit = Edit { graph: self, quiesced, undo: Vec::new() };
         let done = f(&mut edit);
-        let undo = edit.undo;
+        let undo = Changed(edit.undo);
         if let Err(e) = done.and_then(|()| self.refresh()) {
-            for (edge, old) in undo.into_iter().rev() {
-                edge.set(old);
-            }
-            if let Err(again) = self.refresh() {
-                log::error!("the permissions of before could not be had again: {again}");
-            }
+            self.put_back(undo);
             return Err(e);
         }
         self.refresh_limits();
-        Ok(())
+        Ok(undo)
+    }
+
+    /// Everything is connected as before a change. What was changed later has been put back already.
+    pub(super) fn put_back(&mut self, changed: Changed) {
+        for (edge, old) in changed.0.into_iter().rev() {
+            edge.set(old);
+        }
+        if let Err(e) = self.refresh() {
+            log::error!("the permissions of before could not be had again: {e}");
+        }
+        self.refresh_limits();
     }
 
     /// Who is above what has changed may have other limits now.
@@ -159,6 +174,9 @@ fn filtered(filter: &Arc<Node>) -> Result<Arc<Edge>> {
     let none = || Error::new(format!("Node '{}' is not a filter", filter.name));
     filter.driver.filtered().cloned().ok_or_else(none)
 }
+
+/// What the edges that a change has set led to before, in the order in which they were set.
+pub(super) struct Changed(Vec<(Arc<Edge>, Option<Arc<Node>>)>);
 
 /// A change of the graph under way; see [`Graph::edit`].
 pub struct Edit<'a> {

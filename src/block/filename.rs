@@ -75,7 +75,9 @@ fn describe(node: &Node, count: &mut u32) -> Names {
         let named = below.as_deref().map(|n| describe(n, count));
         if edge.role == "backing" && !is_filter {
             let shown = named.as_ref().map(Names::shown).unwrap_or_default();
-            if shown == usual_backing(node) {
+            let usual = usual_backing(node);
+            // New images get absolute names.
+            if shown == usual || (!shown.is_empty() && absolute(&shown) == usual) {
                 continue;
             }
             plain = false;
@@ -116,6 +118,14 @@ fn usual_backing(node: &Node) -> String {
     match node.by_header() {
         Some(known) if known.name == header => known.shown,
         _ => header,
+    }
+}
+
+/// The name of a file as it can be found from any folder.
+pub fn absolute(name: &str) -> String {
+    match std::path::absolute(name) {
+        Ok(full) if !name.starts_with("json:") => full.to_string_lossy().into_owned(),
+        _ => name.to_string(),
     }
 }
 

@@ -27,6 +27,9 @@ pub struct RawPlan {
     pub size: Option<u64>,
 }
 
+/// Windows end with a sector, in bytes.
+const SECTOR: u64 = 512;
+
 /// The part of the child that is shown; [`Window::NONE`] stands for what was not given.
 struct Window {
     offset: AtomicU64,
@@ -47,25 +50,32 @@ impl Window {
         Some(self.size.load(Ordering::Relaxed)).filter(|n| *n != Window::NONE)
     }
 
+    /// All of the child, as it is.
+    fn is_whole(&self) -> bool {
+        self.offset() == 0 && self.size().is_none()
+    }
+
     fn set(&self, offset: Option<u64>, size: Option<u64>) {
         self.offset.store(offset.unwrap_or(Window::NONE), Ordering::Relaxed);
         self.size.store(size.unwrap_or(Window::NONE), Ordering::Relaxed);
     }
 
-    /// It must lie in a child of `len` bytes.
+    /// It must lie in a child of `len` bytes, whose last sector counts as a whole; texts are QEMU's.
     fn check(offset: Option<u64>, size: Option<u64>, len: u64) -> Result<()> {
-        let offset = offset.unwrap_or(0);
+        let (offset, len) = (offset.unwrap_or(0), len.next_multiple_of(SECTOR));
         if offset > len {
             bail!("Offset ({offset}) cannot be greater than size of the containing file ({len})");
         }
-        if let Some(size) = size
-            && size > len - offset
-        {
+        let Some(size) = size else { return Ok(()) };
+        if size > len - offset {
             // Two spaces, as in QEMU.
             bail!(
                 "The sum of offset ({offset}) and size ({size}) has to be smaller or equal to \
                  the  actual size of the containing file ({len})"
             );
+        }
+        if !size.is_multiple_of(SECTOR) {
+            bail!("Specified size is not multiple of {SECTOR}");
         }
         Ok(())
     }
@@ -104,8 +114,12 @@ impl Driver for Raw {
     }
 
     fn len(&self) -> u64 {
-        let whole = self.file.peek(Node::len).unwrap_or(0).saturating_sub(self.window.offset());
-        self.window.size().map_or(whole, |size| size.min(whole))
+        let whole = self.file.peek(Node::len).unwrap_or(0);
+        if self.window.is_whole() {
+            return whole;
+        }
+        let rest = whole.next_multiple_of(SECTOR).saturating_sub(self.window.offset());
+        self.window.size().map_or(rest, |size| size.min(rest))
     }
 
     fn grows(&self) -> bool {
@@ -122,7 +136,7 @@ impl Driver for Raw {
     }
 
     fn wants(&self, _: &Edge, above: (Perm, Perm)) -> (Perm, Perm) {
-        window_perm(self.window.offset() != 0 || self.window.size().is_some(), above)
+        window_perm(!self.window.is_whole(), above)
     }
 
     fn read(&self, off: u64, to: &mut IovMut) -> io::Result<()> {

@@ -1,13 +1,13 @@
 //! Snapshots of one disk or of several at one moment: new images on top, and snapshots inside.
 //!
 //! Everything slow is done before: the overlays exist and are open, and what the disks hold in memory
-//! is written back once while their guests go on. Then the guests wait, and all of it happens or
-//! nothing.
+//! is written back once while their guests go on. Then the guests wait, and all of it happens, in the
+//! order in which it was asked for, or nothing.
 //!
 //! Owns: that moment. Never: files, names. Threads: control. Locks: none.
 
 use super::driver::Snapshot;
-use super::edit::is_above;
+use super::edit::{Changed, Quiesced, is_above};
 use super::graph::Graph;
 use super::node::{Edge, Node};
 use crate::bail;
@@ -32,16 +32,43 @@ pub struct Inside {
     pub snapshot: Snapshot,
 }
 
-/// Something else that happens at the moment of the snapshots, while the guests wait.
+/// A part of what happens at the moment.
+pub enum Act {
+    /// An image goes on top.
+    Overlay(Overlay),
+    /// A snapshot inside an image.
+    Inside(Inside),
+    /// Something else, by its number in the [`Moment`].
+    Other(usize),
+}
+
+impl Act {
+    /// The node whose contents it keeps.
+    fn node(&self) -> Option<&Arc<Node>> {
+        match self {
+            Act::Overlay(o) => Some(&o.node),
+            Act::Inside(i) => Some(&i.node),
+            Act::Other(_) => None,
+        }
+    }
+
+    /// The overlay, if it is one.
+    pub fn overlay(&self) -> Option<&Overlay> {
+        if let Act::Overlay(o) = self { Some(o) } else { None }
+    }
+}
+
+/// What else happens at the moment of the snapshots, while the guests wait.
 pub trait Moment {
     /// The nodes whose users wait.
     fn nodes(&self) -> Vec<Arc<Node>>;
 
-    /// Does it; nothing of it is done on failure.
-    fn happen(&mut self, graph: &mut Graph) -> Result<()>;
+    /// Does number `n`; nothing of it is done on failure.
+    fn happen(&mut self, graph: &mut Graph, n: usize) -> Result<()>;
 
-    /// Something else failed: makes it undone, at the same moment.
-    fn undo(&mut self, graph: &mut Graph);
+    /// Something else failed: makes `n` undone, at the same moment. The last that was done comes
+    /// first.
+    fn undo(&mut self, graph: &mut Graph, n: usize);
 
     /// All is well, and the guests go on.
     fn keep(&mut self, graph: &mut Graph);
@@ -63,16 +90,10 @@ pub fn check_overlay(graph: &Graph, over: &Arc<Node>) -> Result<()> {
 }
 
 impl Graph {
-    /// Takes all these snapshots at one moment. What was written before it is in the images below
-    /// the overlays, on stable storage, and stays there: they turn read-only.
-    pub fn snapshot(
-        &mut self,
-        overlays: &[Overlay],
-        inside: &[Inside],
-        moment: &mut dyn Moment,
-    ) -> Result<()> {
-        let nodes = overlays.iter().map(|o| &o.node).chain(inside.iter().map(|i| &i.node));
-        let at: Vec<_> = nodes.collect();
+    /// Does all of this at one moment. What was written before it is in the images below the
+    /// overlays, on stable storage, and stays there: they turn read-only.
+    pub fn snapshot(&mut self, acts: &[Act], moment: &mut dyn Moment) -> Result<()> {
+        let at: Vec<_> = acts.iter().filter_map(Act::node).collect();
         let flush = || {
             // A guest's flush after this goes to the overlay only.
             let mut writable = at.iter().filter(|n| !n.read_only());
@@ -86,37 +107,32 @@ impl Graph {
         let all: Vec<_> = at.iter().copied().chain(&others).collect();
         let quiesced = self.quiesce(&all, &[]);
         flush()?;
-        let mut made = 0;
-        let mut done = inside.iter().try_for_each(|one| {
-            one.take()?;
-            made += 1;
-            Ok(())
-        });
-        let mut happened = false;
-        if done.is_ok() {
-            done = moment.happen(self);
-            happened = done.is_ok();
-        }
-        if done.is_ok() {
-            done = self.edit(&quiesced, |edit| {
-                for o in overlays {
-                    let edge = backing_edge(&o.over)?;
-                    edit.replace(&o.node, &o.over, Some(&o.over))?;
-                    edit.set(&edge, Some(o.node.clone()))?;
-                }
-                Ok(())
-            });
-        }
-        if done.is_err() {
-            if happened {
-                moment.undo(self);
+        let mut edits: Vec<Changed> = Vec::new();
+        let mut failed = None;
+        for (n, act) in acts.iter().enumerate() {
+            let done = match act {
+                Act::Overlay(o) => self.put_over(&quiesced, o).map(|edit| edits.push(edit)),
+                Act::Inside(one) => one.take(),
+                Act::Other(n) => moment.happen(self, *n),
+            };
+            if let Err(e) = done {
+                failed = Some((n, e));
+                break;
             }
-            inside[..made].iter().for_each(Inside::undo);
+        }
+        if let Some((made, e)) = failed {
+            for act in acts[..made].iter().rev() {
+                match act {
+                    Act::Overlay(_) => edits.pop().into_iter().for_each(|edit| self.put_back(edit)),
+                    Act::Inside(one) => one.undo(),
+                    Act::Other(n) => moment.undo(self, *n),
+                }
+            }
+            return Err(e);
         }
         drop(quiesced);
-        done?;
         moment.keep(self);
-        for o in overlays {
+        for o in acts.iter().filter_map(Act::overlay) {
             if o.over.len() != o.node.len() {
                 let above =
                     self.handles().iter().filter(|h| h.node().is_some_and(|n| is_above(&n, &[&o.over])));
@@ -128,6 +144,14 @@ impl Graph {
         }
         Ok(())
     }
+
+    fn put_over(&mut self, quiesced: &Quiesced, o: &Overlay) -> Result<Changed> {
+        self.change(quiesced, |edit| {
+            let edge = backing_edge(&o.over)?;
+            edit.replace(&o.node, &o.over, Some(&o.over))?;
+            edit.set(&edge, Some(o.node.clone()))
+        })
+    }
 }
 
 /// Nothing else happens.
@@ -135,10 +159,10 @@ impl Moment for () {
     fn nodes(&self) -> Vec<Arc<Node>> {
         Vec::new()
     }
-    fn happen(&mut self, _: &mut Graph) -> Result<()> {
+    fn happen(&mut self, _: &mut Graph, _: usize) -> Result<()> {
         Ok(())
     }
-    fn undo(&mut self, _: &mut Graph) {}
+    fn undo(&mut self, _: &mut Graph, _: usize) {}
     fn keep(&mut self, _: &mut Graph) {}
 }
 

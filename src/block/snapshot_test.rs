@@ -49,9 +49,13 @@ fn look(node: &Node, off: u64) -> u8 {
     data[0]
 }
 
-fn inside(node: &Arc<Node>, name: &str) -> Inside {
+fn inside(node: &Arc<Node>, name: &str) -> Act {
     let snapshot = Snapshot { name: name.into(), ..Snapshot::default() };
-    Inside { node: node.clone(), device: "d".into(), snapshot }
+    Act::Inside(Inside { node: node.clone(), device: "d".into(), snapshot })
+}
+
+fn overlay(node: &Arc<Node>, over: &Arc<Node>) -> Act {
+    Act::Overlay(Overlay { node: node.clone(), over: over.clone() })
 }
 
 #[test]
@@ -61,7 +65,7 @@ fn what_was_written_before_is_below_and_read_only() {
     let (base, over) = (image(&mut graph, &dir, "base", SIZE), image(&mut graph, &dir, "over", SIZE));
     let disk = graph.attach(Some(base.clone()), HandleSpec::default()).unwrap();
     put(&disk, 0, 1, 4096);
-    graph.snapshot(&[Overlay { node: base.clone(), over: over.clone() }], &[], &mut ()).unwrap();
+    graph.snapshot(&[overlay(&base, &over)], &mut ()).unwrap();
     assert!(Arc::ptr_eq(&disk.node().unwrap(), &over));
     put(&disk, 0, 2, 512);
     assert_eq!(get(&disk, 0, 1024), [[2; 512], [1; 512]].concat());
@@ -95,19 +99,19 @@ fn a_snapshot_that_fails_changes_nothing() {
     let disk = graph.attach(Some(a.clone()), HandleSpec::default()).unwrap();
     put(&disk, 0, 7, 512);
     // The second cannot be: it would be its own backing file.
-    let list =
-        [Overlay { node: a.clone(), over: over.clone() }, Overlay { node: b.clone(), over: b.clone() }];
-    let e = graph.snapshot(&list, &[inside(&a, "one"), inside(&b, "two")], &mut ()).unwrap_err();
+    let acts =
+        [inside(&a, "one"), overlay(&a, &over), inside(&over, "in"), inside(&b, "two"), overlay(&b, &b)];
+    let e = graph.snapshot(&acts, &mut ()).unwrap_err();
     assert!(e.desc.contains("its own child"), "{e}");
     assert!(Arc::ptr_eq(&disk.node().unwrap(), &a));
     assert!(graph.parents(&over).is_empty() && backing_edge(&over).unwrap().node().is_none());
-    for node in [&a, &b] {
+    for node in [&a, &b, &over] {
         assert!(node.driver.internal().unwrap().snapshots().unwrap().is_empty(), "undone");
         assert!(!node.read_only());
     }
     put(&disk, 0, 8, 512);
     // A snapshot that is there already, as the second.
-    graph.snapshot(&[], &[inside(&b, "two")], &mut ()).unwrap();
+    graph.snapshot(&[inside(&b, "two")], &mut ()).unwrap();
     assert_eq!(b.driver.internal().unwrap().snapshots().unwrap().len(), 1);
 }
 
@@ -121,16 +125,17 @@ fn several_disks_at_once_and_a_longer_overlay() {
         let node = image(&mut graph, &dir, &format!("n{n}"), SIZE);
         let over = image(&mut graph, &dir, &format!("o{n}"), SIZE + n * 65536);
         disks.push(graph.attach(Some(node.clone()), HandleSpec::default()).unwrap());
-        list.push(Overlay { node, over });
+        list.push(overlay(&node, &over));
     }
     let told = Arc::new(std::sync::Mutex::new(Vec::new()));
     for disk in &disks {
         let told = told.clone();
         disk.on_resize(Some(Box::new(move |len| told.lock().unwrap().push(len))));
     }
-    graph.snapshot(&list, &[], &mut ()).unwrap();
+    graph.snapshot(&list, &mut ()).unwrap();
     assert_eq!(*told.lock().unwrap(), [SIZE + 65536, SIZE + 2 * 65536]);
-    assert!(disks.iter().zip(&list).all(|(d, o)| Arc::ptr_eq(&d.node().unwrap(), &o.over)));
+    let overs = list.iter().filter_map(Act::overlay);
+    assert!(disks.iter().zip(overs).all(|(d, o)| Arc::ptr_eq(&d.node().unwrap(), &o.over)));
 }
 
 /// Guests write numbers to slots of their own and verify every byte that they read, while overlays
@@ -184,10 +189,10 @@ fn guests_verify_every_byte_while_snapshots_are_taken() {
     for n in 0..12 {
         std::thread::sleep(std::time::Duration::from_millis(rng.below(40)));
         if rng.below(3) == 0 {
-            graph.snapshot(&[], &[inside(&top, &format!("i{n}"))], &mut ()).unwrap();
+            graph.snapshot(&[inside(&top, &format!("i{n}"))], &mut ()).unwrap();
         } else {
             let over = image(&mut graph, &dir, &format!("o{n}"), SIZE);
-            graph.snapshot(&[Overlay { node: top, over: over.clone() }], &[], &mut ()).unwrap();
+            graph.snapshot(&[overlay(&top, &over)], &mut ()).unwrap();
             top = over;
             layers.push(top.clone());
         }

@@ -8,6 +8,7 @@ use super::drive_options::named;
 use super::formats::{self, BlockdevOptions, Formats};
 use crate::bail;
 use crate::block::driver::Perm;
+use crate::block::filename::absolute;
 use crate::block::graph::Graph;
 use crate::block::handle::HandleSpec;
 use crate::block::node::{Node, NodeOptions};
@@ -89,7 +90,7 @@ pub fn make(
     let (bare, image) = match format {
         "raw" => (blank(size), None),
         _ => {
-            let backing = backing.map(|b| NewBacking { name: absolute(b.name), ..b });
+            let backing = backing.map(|b| NewBacking { name: absolute(&b.name), ..b });
             let (backing_file, backing_format) = backing.map(|b| (b.name, b.format)).unzip();
             let size = size.next_multiple_of(512);
             let options = CreateOptions { size, backing_file, backing_format, ..CreateOptions::default() };
@@ -102,14 +103,6 @@ pub fn make(
     drop(below);
     graph.close_all();
     made.map_err(|e| says(&e))
-}
-
-/// A backing file's name as it can be found from any other image's folder.
-fn absolute(name: String) -> String {
-    match std::path::absolute(&name) {
-        Ok(full) if !name.starts_with("json:") => full.to_string_lossy().into_owned(),
-        _ => name,
-    }
 }
 
 /// The options of a node on the image `name` of `format`, with the caches of `like`. `backing`: what

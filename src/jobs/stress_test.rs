@@ -17,7 +17,7 @@ use crate::block::graph::Graph;
 use crate::block::handle::{Handle, HandleSpec, OnError};
 use crate::block::node::Node;
 use crate::block::open::{self, Backing, Child, Common, Plan};
-use crate::block::snapshot::Overlay;
+use crate::block::snapshot::{Act, Overlay};
 use crate::block::testing::{NoEnv, Rng, Scratch, qemu};
 use crate::event::{Event, Events};
 use crate::qcow2::create::{CreateOptions, create};
@@ -115,8 +115,8 @@ impl Desk {
     fn snapshot(&mut self, disk: &Handle) {
         let node = disk.node().unwrap();
         let over = self.image(node.len(), Some(&node));
-        let overlay = Overlay { node: node.clone(), over: over.clone() };
-        self.graph.snapshot(&[overlay], &[], &mut ()).unwrap();
+        let overlay = Act::Overlay(Overlay { node: node.clone(), over: over.clone() });
+        self.graph.snapshot(&[overlay], &mut ()).unwrap();
         self.graph.disown(&over);
     }
 

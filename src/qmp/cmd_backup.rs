@@ -5,7 +5,7 @@
 
 use super::cmd_blockdev::find_node;
 use super::cmd_query_block::file_name;
-use super::cmd_snapshot::{NewImageMode, Plan, planned, run};
+use super::cmd_snapshot::{NewImageMode, Other, Plan, planned, run};
 use super::job_options::{BitmapSyncMode, BlockdevOnError, MirrorSyncMode, job_id};
 use super::schema::Cx;
 use crate::block::bitmap::Refuse;
@@ -170,7 +170,7 @@ fn push(
         Some(name) => (name.clone(), true),
         None => (cx.vm.graph.auto_name(), false),
     };
-    plan.backups.list.push(Planned { args, id, filter, source, target });
+    plan.push(Other::Backup(Planned { args, id, filter, source, target }));
     Ok(())
 }
 
@@ -217,66 +217,30 @@ fn mode_of(args: &BackupCommon) -> Result<BitmapMode> {
     })
 }
 
-/// The backups of a transaction: they begin in order, at one moment.
-#[derive(Default)]
-pub(super) struct Backups {
-    list: Vec<Planned>,
-    begun: Vec<JobKey>,
-}
-
-impl Backups {
-    /// The nodes whose users wait while they begin.
-    pub fn nodes(&self) -> Vec<Arc<Node>> {
-        self.list.iter().map(|b| b.source.clone()).collect()
+impl Planned {
+    /// The node that is copied, whose users wait while it begins.
+    pub fn source(&self) -> &Arc<Node> {
+        &self.source
     }
 
-    /// Begins all of them, or none.
+    /// Begins, if nobody uses its nodes meanwhile. `begun`: the targets of those that did before.
     pub fn happen(
-        &mut self,
+        self,
         graph: &mut Graph,
         jobs: &mut Jobs,
-        events: &Events,
-        txn: Option<Txn>,
-    ) -> Result<()> {
-        let mut targets: Vec<Arc<Node>> = Vec::new();
-        for planned in std::mem::take(&mut self.list) {
-            // Nobody used them before, but one that has just begun may.
-            let target = planned.target.clone();
-            let mut used = targets.iter().filter(|t| Arc::ptr_eq(t, &planned.source));
-            let free = match used.next() {
-                Some(node) => jobs.check_free(node, &node.name),
-                None => jobs.check_free(&target, &target.name),
-            };
-            match free.and_then(|()| planned.begin(graph, jobs, events, txn)) {
-                Ok(key) => {
-                    self.begun.push(key);
-                    targets.push(target);
-                }
-                Err(e) => {
-                    self.undo(graph, jobs);
-                    return Err(e);
-                }
-            }
+        (events, txn): (&Events, Option<Txn>),
+        begun: &mut Vec<Arc<Node>>,
+    ) -> Result<JobKey> {
+        let target = self.target.clone();
+        match begun.iter().find(|t| Arc::ptr_eq(t, &self.source)) {
+            Some(node) => jobs.check_free(node, &node.name)?,
+            None => jobs.check_free(&target, &target.name)?,
         }
-        Ok(())
+        let key = self.begin(graph, jobs, events, txn)?;
+        begun.push(target);
+        Ok(key)
     }
 
-    /// Something else failed: they end.
-    pub fn undo(&mut self, graph: &mut Graph, jobs: &mut Jobs) {
-        for key in std::mem::take(&mut self.begun) {
-            jobs.cancel_sync(graph, key);
-        }
-    }
-
-    /// They go.
-    pub fn keep(&mut self, graph: &mut Graph, jobs: &mut Jobs) {
-        for key in std::mem::take(&mut self.begun) {
-            jobs.start(graph, key);
-        }
-    }
-}
-
-impl Planned {
     fn begin(self, graph: &mut Graph, jobs: &mut Jobs, events: &Events, txn: Option<Txn>) -> Result<JobKey> {
         let Planned { args, id, filter, source, target } = self;
         let bitmap = match &args.bitmap {

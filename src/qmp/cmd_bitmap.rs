@@ -7,9 +7,7 @@ use super::cmd_blockdev::find_node;
 use super::schema::Cx;
 use crate::block::bitmap::{Bitmap, Refuse};
 use crate::block::drive::Drive;
-use crate::block::graph::Graph;
 use crate::block::node::Node;
-use crate::block::snapshot::Moment;
 use crate::error::{Error, Result};
 use crate::{bail, commands, wire_alternate, wire_struct};
 use std::sync::Arc;
@@ -101,7 +99,7 @@ pub(super) enum Step {
 }
 
 /// What undoes a step.
-enum Undo {
+pub(super) enum Undo {
     Added(Arc<Node>, Arc<Bitmap>),
     /// Nothing was done yet but to reserve it.
     Removed(Arc<Node>, Arc<Bitmap>),
@@ -175,7 +173,7 @@ fn merged(
 
 impl Step {
     /// Does it, as far as it can be undone.
-    fn run(&self) -> Result<Undo> {
+    pub fn run(&self) -> Result<Undo> {
         match self {
             Step::Add { node, args, shown } => Ok(Undo::Added(node.clone(), add(node, args, shown)?)),
             Step::Remove(node, name) => {
@@ -204,7 +202,8 @@ impl Step {
         }
     }
 
-    fn node(&self) -> &Arc<Node> {
+    /// The node whose users wait.
+    pub fn node(&self) -> &Arc<Node> {
         match self {
             Step::Add { node, .. }
             | Step::Remove(node, _)
@@ -226,67 +225,29 @@ fn remove(node: &Node, bitmap: &Arc<Bitmap>) -> Result<()> {
     Ok(())
 }
 
-/// The bitmap steps of a transaction: done in order while the guests wait.
-#[derive(Default)]
-pub(super) struct Steps {
-    steps: Vec<Step>,
-    done: Vec<Undo>,
-}
-
-impl Steps {
-    /// True without any.
-    pub fn is_empty(&self) -> bool {
-        self.steps.is_empty()
-    }
-
-    /// One more.
-    pub fn push(&mut self, step: Step) {
-        self.steps.push(step);
-    }
-}
-
-impl Moment for Steps {
-    fn nodes(&self) -> Vec<Arc<Node>> {
-        self.steps.iter().map(|s| s.node().clone()).collect()
-    }
-
-    fn happen(&mut self, graph: &mut Graph) -> Result<()> {
-        for step in &self.steps {
-            match step.run() {
-                Ok(undo) => self.done.push(undo),
-                Err(e) => {
-                    self.undo(graph);
-                    return Err(e);
-                }
+impl Undo {
+    /// Something else failed: makes it undone, while the guests still wait.
+    pub fn undo(self) {
+        match self {
+            Undo::Added(node, bitmap) => node.remove_bitmap(&bitmap),
+            Undo::Removed(_, bitmap) => bitmap.set_busy(false),
+            Undo::Content(bitmap, before) => {
+                // Nobody writes meanwhile.
+                bitmap.clear_all();
+                bitmap.merge(&before);
             }
-        }
-        Ok(())
-    }
-
-    fn undo(&mut self, _: &mut Graph) {
-        for undo in std::mem::take(&mut self.done).into_iter().rev() {
-            match undo {
-                Undo::Added(node, bitmap) => node.remove_bitmap(&bitmap),
-                Undo::Removed(_, bitmap) => bitmap.set_busy(false),
-                Undo::Content(bitmap, before) => {
-                    // Nobody writes meanwhile.
-                    bitmap.clear_all();
-                    bitmap.merge(&before);
-                }
-                Undo::Enabled(bitmap, before) => bitmap.set_enabled(before),
-            }
+            Undo::Enabled(bitmap, before) => bitmap.set_enabled(before),
         }
     }
 
-    fn keep(&mut self, _: &mut Graph) {
-        for undo in std::mem::take(&mut self.done) {
-            if let Undo::Removed(node, bitmap) = undo
-                && let Err(e) = remove(&node, &bitmap)
-            {
-                let name = bitmap.name().unwrap_or_default();
-                log::error!("bitmap '{name}' of node '{}' is not removed: {e}", node.name);
-                bitmap.set_busy(false);
-            }
+    /// All is well: does what could not be undone.
+    pub fn keep(self) {
+        if let Undo::Removed(node, bitmap) = self
+            && let Err(e) = remove(&node, &bitmap)
+        {
+            let name = bitmap.name().unwrap_or_default();
+            log::error!("bitmap '{name}' of node '{}' is not removed: {e}", node.name);
+            bitmap.set_busy(false);
         }
     }
 }

@@ -88,6 +88,10 @@ fn the_error_texts_of_blockdev_add() {
                 .into(),
         ),
         (
+            json!({"driver": "raw", "node-name": "x", "file": inner, "size": 1000}),
+            "Specified size is not multiple of 512".into(),
+        ),
+        (
             json!({"driver": "raw", "node-name": "x", "file": inner, "discard": "maybe"}),
             "Parameter 'discard' does not accept value 'maybe'".into(),
         ),
@@ -329,4 +333,52 @@ fn random_commands_leave_a_graph_that_can_be_taken_apart() {
     }
     eprintln!("{} commands did it, {} were refused", done[0], done[1]);
     assert!(done[0] > 200 && done[1] > 200);
+}
+
+#[test]
+fn the_last_sector_of_a_window_is_a_whole_one() {
+    let dir = Scratch::new("cmd-window");
+    let mut q = Qmp::new();
+    let path = dir.path("odd.raw");
+    std::fs::write(&path, [7; 1000]).unwrap();
+    let add = |offset: u64, size: Value| {
+        let mut raw = json!({"driver": "raw", "node-name": "x", "offset": offset,
+                             "file": {"driver": "file", "filename": path}});
+        raw.as_object_mut().unwrap().extend(size.is_u64().then(|| ("size".to_string(), size)));
+        raw
+    };
+    for (offset, size, want) in [
+        (0, Value::Null, 1000),
+        (511, Value::Null, 513),
+        (1000, Value::Null, 24),
+        (1001, Value::Null, 23),
+        (512, json!(512), 512),
+        (0, json!(1024), 1024),
+    ] {
+        q.ok("blockdev-add", add(offset, size));
+        let x = q.vm.graph.find("x").unwrap().clone();
+        assert_eq!(x.len(), want, "{offset}");
+        let mut data = vec![1; want as usize];
+        x.read(0, &mut crate::sys::iov::IovMut::from_slice(&mut data)).unwrap();
+        let file = 1000_u64.saturating_sub(offset).min(want) as usize;
+        assert!(data[..file].iter().all(|b| *b == 7) && data[file..].iter().all(|b| *b == 0));
+        drop(x);
+        q.ok("blockdev-del", json!({"node-name": "x"}));
+    }
+    for (offset, size, want) in [
+        (1025, Value::Null, "Offset (1025) cannot be greater than size of the containing file (1024)"),
+        (
+            512,
+            json!(1024),
+            "The sum of offset (512) and size (1024) has to be smaller or equal to the  \
+             actual size of the containing file (1024)",
+        ),
+    ] {
+        assert_eq!(q.err("blockdev-add", add(offset, size)), want);
+    }
+    // A write there is not cut off.
+    q.ok("blockdev-add", add(512, json!(512)));
+    let x = q.vm.graph.find("x").unwrap();
+    x.write(0, &crate::sys::iov::Iov::from_slice(&[9; 512]), crate::block::driver::Flags::NONE).unwrap();
+    assert_eq!(std::fs::read(&path).unwrap(), [[7; 512], [9; 512]].concat());
 }

@@ -3,20 +3,21 @@
 //! Owns: the commands' form, and QEMU's texts. Never: the moment of a snapshot (`block/snapshot.rs`).
 //! Threads: control. Locks: none.
 
-use super::cmd_backup::Backups;
-use super::cmd_bitmap::Steps;
+use super::cmd_backup::Planned;
+use super::cmd_bitmap::{Step, Undo};
 use super::cmd_blockdev::{find_node, find_root};
 use super::cmd_query_block::file_name;
 use super::schema::Cx;
 use crate::block::driver;
 use crate::block::graph::{Graph, Parent};
 use crate::block::node::Node;
-use crate::block::snapshot::{Inside, Moment, Overlay, check_overlay};
+use crate::block::snapshot::{Act, Inside, Moment, Overlay, check_overlay};
 use crate::control::formats::Formats;
 use crate::control::new_image::{self, NewBacking};
 use crate::error::{Error, Result, strerror};
 use crate::event::Events;
-use crate::jobs::registry::{Jobs, Txn};
+use crate::jobs::registry::{JobKey, Jobs, Txn};
+use crate::jobs::table::Kind;
 use crate::{bail, commands, wire_enum, wire_struct};
 use serde_json::Value;
 use std::sync::Arc;
@@ -137,60 +138,128 @@ impl From<driver::Snapshot> for SnapshotInfo {
 /// that nobody closes them.
 #[derive(Default)]
 pub(super) struct Plan {
-    overlays: Vec<Overlay>,
-    inside: Vec<Inside>,
+    acts: Vec<Act>,
+    others: Vec<Other>,
     /// Opened for it.
     pub opened: Vec<Arc<Node>>,
-    /// What is done with bitmaps.
-    pub bitmaps: Steps,
-    /// What is copied from this moment on.
-    pub backups: Backups,
     /// The jobs fail or succeed together.
     pub grouped: bool,
 }
 
-/// What happens at the moment besides snapshots: first the bitmaps' steps, then backups begin.
+/// What happens at the moment and is no snapshot; first what it will be, then how it is undone.
+pub(super) enum Other {
+    /// Something is done with a bitmap.
+    Bitmap(Step),
+    /// It was.
+    BitmapDone(Undo),
+    /// A disk is copied from this moment on.
+    Backup(Planned),
+    /// It is.
+    BackupBegun(JobKey),
+    /// It cannot happen.
+    Fails(Error),
+    /// Nothing is left of it.
+    Over,
+}
+
 struct Others<'a> {
-    bitmaps: &'a mut Steps,
-    backups: &'a mut Backups,
+    list: &'a mut Vec<Other>,
+    /// The targets of the backups that have begun.
+    targets: Vec<Arc<Node>>,
     jobs: &'a mut Jobs,
     events: Events,
     txn: Option<Txn>,
 }
 
+impl Others<'_> {
+    fn take(&mut self, n: usize) -> Other {
+        std::mem::replace(&mut self.list[n], Other::Over)
+    }
+}
+
 impl Moment for Others<'_> {
     fn nodes(&self) -> Vec<Arc<Node>> {
-        let mut nodes = self.bitmaps.nodes();
-        nodes.extend(self.backups.nodes());
-        nodes
+        let node = |other: &Other| match other {
+            Other::Bitmap(step) => Some(step.node().clone()),
+            Other::Backup(planned) => Some(planned.source().clone()),
+            _ => None,
+        };
+        self.list.iter().filter_map(node).collect()
     }
 
-    fn happen(&mut self, graph: &mut Graph) -> Result<()> {
-        self.bitmaps.happen(graph)?;
-        let begun = self.backups.happen(graph, self.jobs, &self.events, self.txn);
-        begun.inspect_err(|_| self.bitmaps.undo(graph))
+    fn happen(&mut self, graph: &mut Graph, n: usize) -> Result<()> {
+        self.list[n] = match self.take(n) {
+            Other::Bitmap(step) => Other::BitmapDone(step.run()?),
+            Other::Backup(planned) => {
+                let with = (&self.events, self.txn);
+                Other::BackupBegun(planned.happen(graph, self.jobs, with, &mut self.targets)?)
+            }
+            Other::Fails(e) => return Err(e),
+            done => done,
+        };
+        Ok(())
     }
 
-    fn undo(&mut self, graph: &mut Graph) {
-        self.backups.undo(graph, self.jobs);
-        self.bitmaps.undo(graph);
+    fn undo(&mut self, graph: &mut Graph, n: usize) {
+        match self.take(n) {
+            Other::BitmapDone(undo) => undo.undo(),
+            Other::BackupBegun(key) => self.jobs.cancel_sync(graph, key),
+            _ => {}
+        }
     }
 
     fn keep(&mut self, graph: &mut Graph) {
-        self.bitmaps.keep(graph);
-        self.backups.keep(graph, self.jobs);
+        for other in std::mem::take(self.list) {
+            match other {
+                Other::BitmapDone(undo) => undo.keep(),
+                Other::BackupBegun(key) => self.jobs.start(graph, key),
+                _ => {}
+            }
+        }
     }
 }
 
 impl Plan {
-    /// Nothing but what is being planned: what it needs must be there already.
+    /// One more.
+    pub fn push(&mut self, other: Other) {
+        self.acts.push(Act::Other(self.others.len()));
+        self.others.push(other);
+    }
+
+    /// Nothing but backups: what one needs must be there already.
     pub fn is_plain(&self) -> bool {
-        self.overlays.is_empty() && self.bitmaps.is_empty()
+        self.overlays().next().is_none() && !self.others.iter().any(|o| matches!(o, Other::Bitmap(_)))
+    }
+
+    fn overlays(&self) -> impl Iterator<Item = &Overlay> {
+        self.acts.iter().filter_map(Act::overlay)
     }
 
     /// The overlay that is to be on top of `node`.
     fn over(&self, node: &Arc<Node>) -> Option<&Arc<Node>> {
-        self.overlays.iter().find(|o| Arc::ptr_eq(&o.node, node)).map(|o| &o.over)
+        self.overlays().find(|o| Arc::ptr_eq(&o.node, node)).map(|o| &o.over)
+    }
+
+    /// True when a backup of `node` is to begin.
+    fn copies(&self, node: &Arc<Node>) -> bool {
+        self.others.iter().any(|o| matches!(o, Other::Backup(b) if Arc::ptr_eq(b.source(), node)))
+    }
+
+    /// As [`Vm::check_idle`](crate::control::vm::Vm::check_idle), with what is to begin.
+    fn check_idle(&self, cx: &Cx, node: &Arc<Node>) -> Result<()> {
+        if self.copies(node) {
+            let (name, kind) = (cx.vm.disk_name(node), Kind::Backup.as_str());
+            bail!("Node '{name}' is busy: block device is in use by block job: {kind}");
+        }
+        cx.vm.check_idle(node)
+    }
+
+    /// It cannot be. What happens with bitmaps before that may be what is wrong with it; nothing else
+    /// is tried for that.
+    fn fail(&mut self, e: Error) {
+        let others = &self.others;
+        self.acts.retain(|act| matches!(act, Act::Other(n) if matches!(others[*n], Other::Bitmap(_))));
+        self.push(Other::Fails(e));
     }
 
     /// What a drive's node will be.
@@ -217,13 +286,14 @@ impl Plan {
 /// Plans with `prepare`, and does it.
 pub(super) fn run(cx: &mut Cx, prepare: impl FnOnce(&mut Cx, &mut Plan) -> Result<()>) -> Result<()> {
     let mut plan = Plan::default();
-    let done = prepare(cx, &mut plan).and_then(|()| {
-        let Plan { overlays, inside, bitmaps, backups, grouped, .. } = &mut plan;
-        let vm = &mut *cx.vm;
-        let txn = grouped.then(|| vm.jobs.new_txn());
-        let mut others = Others { bitmaps, backups, jobs: &mut vm.jobs, events: vm.events.clone(), txn };
-        vm.graph.snapshot(overlays, inside, &mut others)
-    });
+    if let Err(e) = prepare(cx, &mut plan) {
+        plan.fail(e);
+    }
+    let vm = &mut *cx.vm;
+    let txn = plan.grouped.then(|| vm.jobs.new_txn());
+    let (list, events) = (&mut plan.others, vm.events.clone());
+    let mut others = Others { list, targets: Vec::new(), jobs: &mut vm.jobs, events, txn };
+    let done = vm.graph.snapshot(&plan.acts, &mut others);
     plan.opened.iter().for_each(|n| cx.vm.graph.disown(n));
     drop(plan);
     cx.vm.graph.collect();
@@ -252,21 +322,21 @@ pub(super) fn planned(cx: &Cx, plan: &Plan, device: Option<&str>, node: Option<&
 /// As a part of a transaction.
 pub(super) fn plan_overlay(cx: &mut Cx, plan: &mut Plan, args: BlockdevSnapshot) -> Result<()> {
     let node = planned(cx, plan, Some(&args.node), Some(&args.node))?;
-    cx.vm.check_idle(&node)?;
+    plan.check_idle(cx, &node)?;
     plan.check_free(&cx.vm.graph, &node)?;
     let over = find_node(cx, Some(&args.overlay), Some(&args.overlay))?;
-    if plan.overlays.iter().any(|o| Arc::ptr_eq(&o.over, &over)) || Arc::ptr_eq(&over, &node) {
+    if plan.overlays().any(|o| Arc::ptr_eq(&o.over, &over)) || Arc::ptr_eq(&over, &node) {
         bail!("The overlay is already in use");
     }
     check_overlay(&cx.vm.graph, &over)?;
-    plan.overlays.push(Overlay { node, over });
+    plan.acts.push(Act::Overlay(Overlay { node, over }));
     Ok(())
 }
 
 /// As a part of a transaction.
 pub(super) fn plan_sync(cx: &mut Cx, plan: &mut Plan, args: BlockdevSnapshotSync) -> Result<()> {
     let node = planned(cx, plan, args.device.as_deref(), args.node_name.as_deref())?;
-    cx.vm.check_idle(&node)?;
+    plan.check_idle(cx, &node)?;
     plan.check_free(&cx.vm.graph, &node)?;
     if args.node_name.is_some() && args.name.is_none() {
         bail!("New overlay node-name missing");
@@ -290,14 +360,18 @@ pub(super) fn plan_sync(cx: &mut Cx, plan: &mut Plan, args: BlockdevSnapshotSync
     let over = new_image::open(&mut cx.vm.graph, &Formats::new(&mut cx.vm.fds, &cx.vm.objects), over)?;
     plan.opened.push(over.clone());
     check_overlay(&cx.vm.graph, &over)?;
-    plan.overlays.push(Overlay { node, over });
+    plan.acts.push(Act::Overlay(Overlay { node, over }));
     Ok(())
 }
 
 /// As a part of a transaction.
 pub(super) fn plan_internal(cx: &mut Cx, plan: &mut Plan, args: BlockdevSnapshotInternal) -> Result<()> {
     let BlockdevSnapshotInternal { device, name } = args;
-    let node = find_root(cx, &device)?;
+    let found = find_root(cx, &device)?;
+    let node = planned(cx, plan, Some(&device), Some(&device))?;
+    if plan.copies(&node) || (Arc::ptr_eq(&found, &node) && plan.over(&node).is_some()) {
+        bail!("Need a root block node");
+    }
     plan.check_free(&cx.vm.graph, &node)?;
     if node.read_only() {
         bail!("Device '{device}' is read only");
@@ -311,8 +385,9 @@ pub(super) fn plan_internal(cx: &mut Cx, plan: &mut Plan, args: BlockdevSnapshot
         bail!("Name is empty");
     }
     let list = internal.snapshots().map_err(|e| list_error(&e))?;
-    let planned = plan.inside.iter().any(|i| Arc::ptr_eq(&i.node, &node) && i.snapshot.name == name);
-    if planned || list.iter().any(|s| s.name == name) {
+    let again =
+        |act: &Act| matches!(act, Act::Inside(i) if Arc::ptr_eq(&i.node, &node) && i.snapshot.name == name);
+    if plan.acts.iter().any(again) || list.iter().any(|s| s.name == name) {
         bail!("Snapshot with name '{name}' already exists on device '{device}'");
     }
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -322,7 +397,7 @@ pub(super) fn plan_internal(cx: &mut Cx, plan: &mut Plan, args: BlockdevSnapshot
         date_nsec: now.subsec_nanos(),
         ..driver::Snapshot::default()
     };
-    plan.inside.push(Inside { node, device, snapshot });
+    plan.acts.push(Act::Inside(Inside { node, device, snapshot }));
     Ok(())
 }
 

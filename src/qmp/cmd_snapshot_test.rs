@@ -197,6 +197,23 @@ fn a_disk_that_a_job_has_put_a_filter_on_is_busy() {
 }
 
 #[test]
+fn a_header_may_say_as_an_absolute_path_what_is_called_by_a_relative_one() {
+    let dir = Scratch::new("filename-relative");
+    let full = dir.file("base.raw", 1 << 20);
+    let here = std::env::current_dir().unwrap();
+    let up = "../".repeat(here.components().count());
+    let relative = format!("{up}{}", full.trim_start_matches('/'));
+    let mut q = Qmp::new();
+    let drive = json!({"id": "d", "if": "none", "file": relative, "format": "raw"});
+    q.vm.add_drive(drive.as_object().unwrap().clone()).unwrap();
+    for over in ["a", "b"].map(|name| dir.path(name)) {
+        q.ok("blockdev-snapshot-sync", json!({"device": "d", "snapshot-file": over}));
+        let shown = q.ok("query-block", json!({}))[0]["inserted"]["file"].clone();
+        assert_eq!(shown, over);
+    }
+}
+
+#[test]
 fn filters_come_between_an_image_and_its_file_and_its_disk() {
     let Some(img) = crate::block::testing::qemu("qemu-img") else { return };
     let dir = Scratch::new("cmd-filters");

@@ -1,8 +1,8 @@
 //! `transaction`: several actions at one moment, or none of them.
 //!
 //! Owns: which actions there are. Never: what one does: its own `cmd_*.rs` plans it, and all that was
-//! planned happens in [`Graph::snapshot`](crate::block::graph::Graph::snapshot), while the guests
-//! wait. Threads: control. Locks: none.
+//! planned happens in [`Graph::snapshot`](crate::block::graph::Graph::snapshot), in that order, while
+//! the guests wait. Threads: control. Locks: none.
 
 use super::cmd_backup::*;
 use super::cmd_bitmap::*;
@@ -181,6 +181,10 @@ fn plan_action(cx: &mut Cx, plan: &mut Plan, action: TransactionActionKind) -> R
         Kind::BitmapDisable(w) => plan_enable(cx, w.data, false, &look)?,
         Kind::BitmapMerge(w) => plan_merge(cx, w.data, &look)?,
     };
-    plan.bitmaps.push(step);
+    plan.push(Other::Bitmap(step));
     Ok(())
 }
+
+#[cfg(test)]
+#[path = "cmd_transaction_test.rs"]
+mod tests;

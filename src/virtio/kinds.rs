@@ -320,7 +320,7 @@ const BLK: &[Property] = &[
     ("read-only", Type::Bool),
     ("share-rw", Type::Bool),
     ("write-cache", Type::OnOffAuto),
-    ("rerror", Type::Word(&["auto", "report", "ignore", "stop"])),
+    ("rerror", Type::Word(&["auto", "report", "ignore", "stop", "enospc"])),
     ("werror", Type::Word(&["auto", "report", "ignore", "stop", "enospc"])),
     ("logical_block_size", Type::Size32),
     ("physical_block_size", Type::Size32),

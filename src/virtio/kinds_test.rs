@@ -61,7 +61,7 @@ fn request(args: Value) -> Result<Request> {
 fn a_disk_is_made_from_its_properties_and_plugged() {
     let (board, mut backends) = (Board::new(), One::default());
     let args = json!({"driver": "virtio-blk-pci", "id": "disk0", "drive": "d0", "addr": "1f.0", "bus": "pcie.0",
-        "serial": "abc", "read-only": true, "share-rw": "on", "write-cache": "off", "werror": "enospc"});
+        "serial": "abc", "read-only": true, "share-rw": "on", "write-cache": "off", "werror": "enospc", "rerror": "enospc"});
     let device = request(args).unwrap().plug(&sockets(&board), &mut backends, 0).unwrap();
     assert_eq!((device.model, &*device.user.id), ("virtio-blk-pci", "disk0"));
     let Place::Slot(0x1f, face) = &device.place else { panic!("not on slot 1f") };
@@ -72,7 +72,7 @@ fn a_disk_is_made_from_its_properties_and_plugged() {
         removable: false,
         whole: false,
         write_cache: Some(false),
-        rerror: None,
+        rerror: Some("enospc".into()),
         werror: Some("enospc".into()),
     };
     assert_eq!(backends.asked, [("d0".to_string(), "/machine/peripheral/disk0".to_string(), usage)]);

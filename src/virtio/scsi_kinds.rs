@@ -70,7 +70,7 @@ pub(super) const COMMON: &[Property] = &[
     ("serial", Type::Text),
     ("device_id", Type::Text),
     ("wwn", Type::Number(64)),
-    ("rerror", Type::Word(&["auto", "report", "ignore", "stop"])),
+    ("rerror", Type::Word(&["auto", "report", "ignore", "stop", "enospc"])),
     ("werror", Type::Word(&["auto", "report", "ignore", "stop", "enospc"])),
     ("share-rw", Type::Bool),
     ("write-cache", Type::OnOffAuto),
