@@ -75,7 +75,7 @@ fn patch_format(first: &mut [u8], header: &Header) -> bool {
 
 impl Qcow2 {
     /// Records `name`, and another format if there is one. EINVAL: a name that is empty or too long, or
-    /// an image that has none.
+    /// no format for an image that has no backing file.
     pub(super) fn rename_backing(&self, name: &str, format: Option<&str>) -> io::Result<()> {
         let invalid = || io::Error::from_raw_os_error(libc::EINVAL);
         if name.is_empty() || name.len() > MAX_NAME {
@@ -87,12 +87,15 @@ impl Qcow2 {
         let file = self.file()?;
         let mut first = first_cluster(&file)?;
         let mut header = Header::parse(&first)?;
-        if header.backing_file.is_none() || first.len() < SECTOR {
+        let had_one = header.backing_file.is_some();
+        if !had_one && format.is_none() || first.len() < SECTOR {
             return Err(invalid());
         }
         let old = u64::from(be32(&first, 8).ok_or_else(invalid)?) << 32
             | u64::from(be32(&first, 12).ok_or_else(invalid)?);
         let old_len = be32(&first, 16).ok_or_else(invalid)? as usize;
+        // No old name is in the way of the new one: as if it were an empty one at the end.
+        let old = if had_one { old } else { header.geometry().cluster_size() };
         let old = usize::try_from(old).map_err(|_| invalid())?;
         header.backing_file = Some(name.to_string());
         let keeps = format.is_none_or(|f| header.backing_format.as_deref() == Some(f));

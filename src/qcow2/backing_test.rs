@@ -50,6 +50,30 @@ fn each_name_is_found_again_and_nothing_else_changes() {
 }
 
 #[test]
+fn a_name_goes_and_another_one_comes() {
+    for (cluster_size, version) in [(65536, 3), (65536, 2), (4096, 3), (1024, 2)] {
+        for start in [Some("/a/base.qcow2"), None] {
+            let mut o = options(cluster_size, version);
+            o.backing_file = start.map(String::from);
+            o.backing_format = start.map(|_| "qcow2".into());
+            let (image, state) = image(&o);
+            for (name, format) in [("b", "raw"), ("/some/where", "qcow2"), (&*"x".repeat(600), "raw")] {
+                image.forget_backing().unwrap();
+                assert_eq!(on_disk(&state).backing_file, None);
+                assert!(image.rename_backing(name, None).is_err(), "without a format");
+                image.rename_backing(name, Some(format)).unwrap();
+                let now = on_disk(&state);
+                let said = (now.backing_file.as_deref(), now.backing_format.as_deref());
+                assert_eq!(said, (Some(name), Some(format)), "{cluster_size} v{version}");
+                let meta = image.lock();
+                let known = (meta.header.backing_file.as_deref(), meta.header.backing_format.as_deref());
+                assert_eq!(known, said);
+            }
+        }
+    }
+}
+
+#[test]
 fn a_crash_leaves_the_old_name_or_the_new_one() {
     // The second of the two writes is lost: what is there must still be the old header.
     let (image, state) = image(&options(65536, 3));
@@ -101,5 +125,5 @@ fn another_format_and_no_backing_file_at_all() {
     }
     image.forget_backing().unwrap();
     assert_eq!(on_disk(&state).backing_file, None);
-    assert!(image.rename_backing("x", Some("raw")).is_err());
+    assert!(image.rename_backing("x", None).is_err());
 }

@@ -52,14 +52,14 @@ commands! {
         "write-threshold" threshold: u64,
     } -> ();
 
-    /// Records another name for an image's backing file in the image. Nothing is opened, and the
-    /// recorded format stays.
+    /// Records another name for an image's backing file in the image. Nothing is opened or closed. The
+    /// recorded format stays; if there is none, that of the node below is recorded.
     "change-backing-file" => change_backing_file {
         /// The drive, or the node, in whose chain the image is.
         device: String,
         /// The image's node.
         "image-node-name" image: String,
-        /// The name to record.
+        /// The name to record; "": that it has none.
         "backing-file" name: String,
     } -> ();
 }
@@ -163,16 +163,21 @@ pub(super) fn find_root(cx: &Cx, device: &str) -> Result<Arc<Node>> {
 fn change_backing_file(cx: &mut Cx, device: String, image: String, name: String) -> Result<()> {
     let root = find_root(cx, &device)?;
     let node = find_node(cx, None, Some(&image))?;
-    if node.backing().is_none() {
+    let Some(below) = node.backing() else {
         bail!("not allowing backing file change on an image without a backing file");
-    }
+    };
     let mut chain = std::iter::successors(Some(root), |n| n.backing());
     if !chain.any(|n| Arc::ptr_eq(&n, &node)) {
         bail!("'{device}' and image file are not in the same chain");
     }
     let read_only = node.read_only();
     cx.vm.graph.set_read_only(&node, false)?;
-    let done = node.driver.set_backing_name(&name);
+    let format = below.skip_filters().driver.name();
+    let done = match name.as_str() {
+        "" => node.driver.set_backing(None),
+        name if node.driver.info().backing_format.is_none() => node.driver.set_backing(Some((name, format))),
+        name => node.driver.set_backing_name(name),
+    };
     if let Err(e) = cx.vm.graph.set_read_only(&node, read_only) {
         log::warn!("node '{}' stays writable: {e}", node.name);
     }

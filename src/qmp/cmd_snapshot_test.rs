@@ -162,6 +162,14 @@ fn thresholds_and_names_of_backing_files() {
     let shown = q.ok("query-block", json!({}));
     let image = &shown[0]["inserted"]["image"];
     assert_eq!(image["full-backing-filename"], dir.path("other.raw"));
+    // None, and one again: the node that is below stays.
+    for (name, want) in [("", (None, None)), ("d0.raw", (Some("d0.raw"), Some("raw")))] {
+        q.ok("change-backing-file", args("o", name));
+        let o = q.vm.graph.find("o").unwrap();
+        let info = o.driver.info();
+        assert_eq!((info.backing_filename.as_deref(), info.backing_format.as_deref()), want);
+        assert_eq!(o.backing().unwrap().name, "n0");
+    }
     // One below stays read-only.
     q.ok(
         "blockdev-snapshot-sync",
