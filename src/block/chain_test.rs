@@ -74,7 +74,7 @@ fn a_raw_window_into_an_overlay_has_the_contents_of_the_chain() {
     let top = Node::new("top", Box::new(Layer("--d", Some(behind))), NodeOptions::default());
     graph.add(base).unwrap();
     graph.add(top).unwrap();
-    let raw = RawPlan { file: Child::Node("top".into()), offset: Some(50), size: Some(100) };
+    let raw = RawPlan { file: Child::Node("top".into()), offset: Some(50), size: None };
     let plan =
         Plan { common: Common { node_name: Some("raw".into()), ..Common::default() }, driver: Box::new(raw) };
     let node = open::add(&mut graph, &NoEnv, plan).unwrap();

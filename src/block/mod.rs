@@ -25,6 +25,7 @@ pub mod filter_compress;
 pub mod filter_copy_on_read;
 pub mod filter_preallocate;
 pub mod filter_throttle;
+mod flush_once;
 pub mod gate;
 pub mod graph;
 pub mod handle;

@@ -15,6 +15,7 @@ pub use super::node_options::{DetectZeroes, NodeOptions};
 
 use super::driver::{Driver, Extent, ExtentKind, Flags, Limits, Preallocation};
 use super::filename::ByHeader;
+use super::flush_once;
 use super::node_options::{LimitsCell, OptionsCell};
 use super::open::Asked;
 use super::serial::Serial;
@@ -460,7 +461,10 @@ impl Node {
         if self.storage && self.flushed.load(Ordering::Acquire) == changes {
             return Ok(());
         }
-        self.driver.flush()?;
+        match self.storage {
+            true => self.driver.flush()?,
+            false => return flush_once::once(self, changes, || self.driver.flush()),
+        }
         self.flushed.store(changes, Ordering::Release);
         Ok(())
     }
