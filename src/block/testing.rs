@@ -220,6 +220,20 @@ impl Scratch {
         std::fs::File::create(&path).unwrap().set_len(len).unwrap();
         path
     }
+
+    /// Removes what begins like that and this process does not have open: long runs make many files.
+    pub fn sweep(&self, prefix: &str) {
+        let open: Vec<_> = std::fs::read_dir("/proc/self/fd")
+            .unwrap()
+            .filter_map(|f| std::fs::read_link(f.ok()?.path()).ok())
+            .collect();
+        for file in std::fs::read_dir(&self.0).unwrap().map(|f| f.unwrap().path()) {
+            let name = file.file_name().unwrap().to_str().unwrap();
+            if name.starts_with(prefix) && !open.contains(&file) {
+                std::fs::remove_file(&file).unwrap();
+            }
+        }
+    }
 }
 
 impl Drop for Scratch {

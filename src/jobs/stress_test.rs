@@ -450,6 +450,8 @@ pub(super) fn stress(seed: u64, time: Duration, all: bool) -> std::collections::
                 let how = desk.finish(key);
                 *counts.entry(format!("{name} {how}")).or_default() += 1;
                 desk.check_chain(&disk);
+                // Whatever counts is open.
+                desk.dir.sweep("i");
             }
             desk.jobs.cancel_all(&mut desk.graph);
         }));
