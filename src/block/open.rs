@@ -178,6 +178,11 @@ pub trait Env {
 
     /// The bytes of the `secret` object `id`, which is a password.
     fn secret(&self, id: &str) -> Result<Vec<u8>>;
+
+    /// The descriptor that whoever opens the node has passed under that name, for good.
+    fn passed(&self, name: &str) -> Result<OwnedFd> {
+        bail!("File descriptor named '{name}' has not been found")
+    }
 }
 
 /// Opens a node and what it holds inline. Nobody uses it yet: attach a handle, or
@@ -297,6 +302,11 @@ impl Opening<'_> {
     /// The password that the `secret` object `id` is.
     pub fn secret(&self, id: &str) -> Result<Vec<u8>> {
         self.env.secret(id)
+    }
+
+    /// The descriptor that was passed under that name, for good.
+    pub fn passed(&self, name: &str) -> Result<OwnedFd> {
+        self.env.passed(name)
     }
 
     /// The throttle group of that name: an object's, or one that a drive is in.

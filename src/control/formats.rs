@@ -7,6 +7,7 @@ use super::drive_options::named;
 use super::encrypt_options::BlockdevQcow2Encryption;
 use super::json_name;
 use super::objects::Objects;
+use crate::bail;
 use crate::block::blkdebug::{BlkdebugOptions, BlkdebugPlan};
 use crate::block::blkverify::BlkverifyPlan;
 use crate::block::file_open::{BlockdevOptionsFile, FilePlan};
@@ -30,6 +31,7 @@ use crate::sys::fdset::FdSets;
 use crate::{wire_alternate, wire_enum, wire_struct, wire_union};
 use serde_json::Value;
 use std::cell::RefCell;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 wire_enum! {
@@ -446,12 +448,21 @@ pub fn exists(format: &str) -> bool {
 pub struct Formats<'a> {
     fds: RefCell<&'a mut FdSets>,
     objects: &'a Objects,
+    passed: RefCell<Option<&'a mut Passed<'a>>>,
 }
+
+/// Gives a descriptor that was passed under a name, for good.
+pub type Passed<'a> = dyn FnMut(&str) -> Result<OwnedFd> + 'a;
 
 impl<'a> Formats<'a> {
     /// For one command.
     pub fn new(fds: &'a mut FdSets, objects: &'a Objects) -> Formats<'a> {
-        Formats { fds: RefCell::new(fds), objects }
+        Formats { fds: RefCell::new(fds), objects, passed: RefCell::new(None) }
+    }
+
+    /// With descriptors that were passed.
+    pub fn with(self, passed: &'a mut Passed<'a>) -> Formats<'a> {
+        Formats { passed: RefCell::new(Some(passed)), ..self }
     }
 }
 
@@ -485,6 +496,13 @@ impl Env for Formats<'_> {
     fn fdset(&self, path: &str, flags: i32) -> Result<PassedFd> {
         let (fd, in_use) = self.fds.borrow_mut().dup(path, flags)?;
         Ok(PassedFd { fd, keep: Some(Box::new(in_use)) })
+    }
+
+    fn passed(&self, name: &str) -> Result<OwnedFd> {
+        match &mut *self.passed.borrow_mut() {
+            Some(passed) => passed(name),
+            None => bail!("File descriptor named '{name}' has not been found"),
+        }
     }
 
     fn secret(&self, id: &str) -> Result<Vec<u8>> {

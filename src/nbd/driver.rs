@@ -5,7 +5,7 @@
 //! once, they fail with EIO, and every later request tries again, once a second at most. A server
 //! that is there but does not answer is waited for, however long: only it knows what has become of a
 //! request. Who does not want to wait pulls the node ([`yank`](crate::block::yank)): the connection
-//! is cut, and there is no other. Never: holds up the end of the process ([`Driver::give_up`]).
+//! is cut, and there is no other; nor is there for a socket that was passed. Never: holds up the end of the process ([`Driver::give_up`]).
 //! Threads: I/O from any; whoever finds the connection gone makes the new one, the others wait; any
 //! pulls. Locks: `link`, for moments, a leaf.
 
@@ -22,9 +22,11 @@ use crate::sys::address::{SocketAddress, SocketAddressType};
 use crate::sys::iov::{Iov, IovMut};
 use crate::sys::stream::Stream;
 use crate::sys::thread;
+use crate::sys::unix;
 use crate::wire_struct;
 use serde_json::{Map, Value, json};
 use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -98,8 +100,20 @@ impl Open for NbdPlan {
         if export.len() > MAX_STRING {
             bail!("export name too long to send to server");
         }
+        let passed = match &o.server.kind {
+            SocketAddressType::Fd(a) => {
+                let fd = cx.passed(&a.str)?;
+                if unix::kind(fd.as_fd()) == unix::Kind::Other {
+                    bail!("File descriptor '{}' is not a socket", a.str);
+                }
+                Some(fd)
+            }
+            _ => None,
+        };
+        let once = passed.is_some();
         let place = Place {
             server: o.server,
+            passed: Mutex::new(passed),
             export,
             context: o.dirty_bitmap.clone().unwrap_or_else(|| "base:allocation".into()),
         };
@@ -113,7 +127,7 @@ impl Open for NbdPlan {
                 Err(_) if link.hurry.load(Ordering::Acquire) => {
                     bail!("NBD server {}: yanked before there was a connection", place.server)
                 }
-                Err(e) if Instant::now() + RETRY >= last => return Err(e),
+                Err(e) if once || Instant::now() + RETRY >= last => return Err(e),
                 Err(_) => std::thread::sleep(RETRY),
             }
         };
@@ -150,6 +164,8 @@ impl Open for NbdPlan {
 /// Which disk.
 struct Place {
     server: SocketAddress,
+    /// A socket that was passed, before it is used.
+    passed: Mutex<Option<OwnedFd>>,
     export: String,
     context: String,
 }
@@ -157,7 +173,9 @@ struct Place {
 impl Place {
     fn connect(&self, link: &Shared, deadline: Instant) -> Result<Client> {
         let patience = deadline.min(Instant::now() + HANDSHAKE);
-        let stream = Arc::new(Stream::new(self.server.connect(patience)?)?);
+        let passed = self.passed.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let fd = passed.map_or_else(|| self.server.connect(patience), Ok)?;
+        let stream = Arc::new(Stream::new(fd)?);
         link.lock().half = Some(stream.clone());
         let found = match link.hurry.load(Ordering::Acquire) {
             // Whoever has cut could not see it yet.
@@ -449,6 +467,7 @@ impl Driver for Nbd {
         let server = match &self.place.server.kind {
             SocketAddressType::Inet(a) => json!({"type": "inet", "host": a.host, "port": a.port}),
             SocketAddressType::Unix(a) => json!({"type": "unix", "path": a.path}),
+            SocketAddressType::Fd(a) => json!({"type": "fd", "str": a.str}),
         };
         map.insert("server".into(), server);
         if !self.place.export.is_empty() {

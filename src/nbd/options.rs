@@ -2,16 +2,8 @@
 //!
 //! Owns: their form. Never: opens anything. Threads: control. Locks: none.
 
-use crate::sys::address::{InetSocketAddress, UnixSocketAddress};
+use crate::sys::address::{FdSocketAddress, InetSocketAddress, UnixSocketAddress};
 use crate::{wire_struct, wire_union};
-
-wire_struct! {
-    /// A socket that was passed to the process.
-    pub struct Fd {
-        /// Its name (`getfd`).
-        str: String,
-    }
-}
 
 wire_struct! {
     /// Wraps the options of one kind of address.
@@ -33,7 +25,7 @@ wire_struct! {
     /// Wraps the options of one kind of address.
     pub struct FdSocketAddressWrapper {
         /// The options.
-        data: Fd,
+        data: FdSocketAddress,
     }
 }
 

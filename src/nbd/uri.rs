@@ -118,6 +118,8 @@ fn encode(s: &str, f: &mut fmt::Formatter<'_>) -> fmt::Result {
 impl fmt::Display for Location {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.server.kind {
+            // No name leads there.
+            SocketAddressType::Fd(_) => Ok(()),
             SocketAddressType::Unix(a) => {
                 f.write_str("nbd+unix://")?;
                 if !self.export.is_empty() {

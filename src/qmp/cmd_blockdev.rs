@@ -106,7 +106,10 @@ fn blockdev_add(cx: &mut Cx, given: Given) -> Result<()> {
         return Err(Error::new("'node-name' must be specified for the root node"));
     }
     let plan = formats::plan(options)?;
-    let node = open::add(&mut cx.vm.graph, &Formats::new(&mut cx.vm.fds, &cx.vm.objects), plan)?;
+    let Cx { vm, conn } = cx;
+    let mut passed = |name: &str| conn.take_named(name);
+    let env = Formats::new(&mut vm.fds, &vm.objects).with(&mut passed);
+    let node = open::add(&mut vm.graph, &env, plan)?;
     open::remember(&node, &given);
     Ok(())
 }

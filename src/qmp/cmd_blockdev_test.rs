@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 pub(crate) struct Qmp {
     pub(crate) vm: Vm,
-    conn: Conn,
+    pub(crate) conn: Conn,
 }
 
 impl Qmp {

@@ -59,6 +59,11 @@ wire_union! {
         writable: Option<bool>,
         /// Each write is followed by a flush; by default clients flush.
         writethrough: Option<bool>,
+        /// No device takes the node to another thread: none ever does here.
+        "fixed-iothread" fixed_iothread: Option<bool>,
+        /// The `iothread` object whose thread serves clients: refused, since each client has threads of
+        /// its own.
+        iothread: Option<String>,
     }
 }
 
@@ -142,8 +147,12 @@ fn nbd_server_start(cx: &mut Cx, o: NbdServerOptions) -> Result<()> {
             }
             SocketAddressLegacyType::Fd(a) => {
                 let fd = conn.take_named(&a.data.str)?;
-                if unix::kind(fd.as_fd()) != unix::Kind::Listener {
-                    bail!("File descriptor '{}' is not a listening socket", a.data.str);
+                match unix::kind(fd.as_fd()) {
+                    unix::Kind::Other => bail!("File descriptor '{}' is not a socket", a.data.str),
+                    unix::Kind::Listener => {}
+                    _ => listen::on_fd(fd.as_fd()).map_err(|e| {
+                        Error::new(format!("Failed to listen on fd socket: {}", strerror(&e)))
+                    })?,
                 }
                 unix::set_nonblocking(fd.as_fd(), true)?;
                 (fd, None)
@@ -188,6 +197,14 @@ fn block_export_add(cx: &mut Cx, o: BlockExportOptions) -> Result<()> {
     // Before the node is looked for, as in QEMU; the rest is looked at after it.
     cx.vm.check_export_id(&o.id)?;
     let node = find_node(cx, None, Some(&o.node_name))?;
+    if let Some(id) = &o.iothread {
+        if cx.vm.objects.iothread(id).is_err() {
+            bail!("iothread \"{id}\" not found");
+        }
+        bail!(
+            "iothread \"{id}\" cannot serve an export, whose clients have threads of their own: leave it out"
+        );
+    }
     cx.vm.add_export(NbdExport {
         id: o.id,
         node,

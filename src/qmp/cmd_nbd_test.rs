@@ -1,5 +1,7 @@
+use crate::block::driver::Flags;
 use crate::block::testing::Scratch;
 use crate::qmp::cmd_blockdev::tests::Qmp;
+use crate::sys::iov::{Iov, IovMut};
 use serde_json::{Value, json};
 use std::os::unix::net::UnixStream;
 
@@ -39,6 +41,7 @@ fn the_texts_of_servers_and_exports() {
     let taken = q.err("nbd-server-start", plain);
     assert!(taken.contains("it exists and is not a socket"), "{taken}");
     let path = start(&mut q, &dir);
+    q.ok("object-add", json!({"qom-type": "iothread", "id": "io"}));
     let again = json!({"addr": {"type": "unix", "data": {"path": path}}});
     assert_eq!(q.err("nbd-server-start", again), "NBD server already running");
     for (args, want) in [
@@ -52,12 +55,21 @@ fn the_texts_of_servers_and_exports() {
             json!({"type": "fuse", "id": "e", "node-name": "n"}),
             "Parameter 'type' does not accept value 'fuse'",
         ),
+        (
+            json!({"type": "nbd", "id": "e", "node-name": "n", "iothread": "nope"}),
+            "iothread \"nope\" not found",
+        ),
+        (
+            json!({"type": "nbd", "id": "e", "node-name": "n", "iothread": "io", "fixed-iothread": true}),
+            "iothread \"io\" cannot serve an export, whose clients have threads of their own: leave it out",
+        ),
     ] {
         assert_eq!(q.err("block-export-add", args), want);
     }
     q.ok(
         "block-export-add",
-        json!({"type": "nbd", "id": "e", "node-name": "n", "name": "x", "writable": true}),
+        json!({"type": "nbd", "id": "e", "node-name": "n", "name": "x", "writable": true,
+               "fixed-iothread": true}),
     );
     assert_eq!(q.err("block-export-add", add("e", "n")), "Block export id 'e' is already in use");
     let same = json!({"type": "nbd", "id": "f", "node-name": "n", "name": "x"});
@@ -113,4 +125,53 @@ fn clients_keep_an_export_unless_they_are_shown_out() {
     let _mute = UnixStream::connect(&path).unwrap();
     q.ok("nbd-server-stop", json!({}));
     assert_eq!(events(&mut q), ["e"]);
+}
+
+#[test]
+fn sockets_are_passed_to_client_and_server() {
+    let dir = Scratch::new("nbd-passed");
+    let mut q = Qmp::new();
+    let pass = |q: &mut Qmp, name: &str, fd: std::os::fd::OwnedFd| q.conn.name_fd(name.into(), fd);
+    let serve = |name: &str| json!({"addr": {"type": "fd", "data": {"str": name}}});
+    let lost = |name: &str| format!("File descriptor named '{name}' has not been found");
+    assert_eq!(q.err("nbd-server-start", serve("s")), lost("s"));
+    pass(&mut q, "f", std::fs::File::open("/dev/null").unwrap().into());
+    assert_eq!(q.err("nbd-server-start", serve("f")), "File descriptor 'f' is not a socket");
+    pass(&mut q, "p", UnixStream::pair().unwrap().0.into());
+    let e = q.err("nbd-server-start", serve("p"));
+    assert_eq!(e, "Failed to listen on fd socket: Invalid argument");
+    let path = dir.path("s");
+    pass(&mut q, "s", std::os::unix::net::UnixListener::bind(&path).unwrap().into());
+    q.ok("nbd-server-start", serve("s"));
+    assert_eq!(q.err("closefd", json!({"fdname": "s"})), "File descriptor named 's' not found");
+    node(&mut q, &dir, "n", false);
+    q.ok("block-export-add", json!({"type": "nbd", "id": "n", "node-name": "n", "writable": true}));
+    // The client.
+    let add = |name: &str, export: &str| {
+        json!({"driver": "nbd", "node-name": "c", "export": export, "reconnect-delay": 0,
+               "server": {"type": "fd", "str": name}})
+    };
+    assert_eq!(q.err("blockdev-add", add("c", "n")), lost("c"));
+    pass(&mut q, "f", std::fs::File::open("/dev/null").unwrap().into());
+    assert_eq!(q.err("blockdev-add", add("f", "n")), "File descriptor 'f' is not a socket");
+    for (export, good) in [("nope", false), ("n", true)] {
+        pass(&mut q, "c", UnixStream::connect(&path).unwrap().into());
+        let done = q.run("blockdev-add", add("c", export));
+        assert_eq!(done.is_ok(), good, "{done:?}");
+        let e = q.err("closefd", json!({"fdname": "c"}));
+        assert_eq!(e, "File descriptor named 'c' not found", "it is taken for good");
+    }
+    let node = q.vm.graph.find("c").unwrap().clone();
+    let shown = crate::block::filename::names(&node).shown();
+    assert!(shown.contains(r#""server":{"str":"c","type":"fd"}"#), "{shown}");
+    node.write(0, &Iov::from_slice(&[7; 512]), Flags::NONE).unwrap();
+    assert_eq!(std::fs::read(dir.path("n")).unwrap()[..512], [7; 512]);
+    // There is no other connection.
+    q.ok("nbd-server-stop", json!({}));
+    for _ in 0..2 {
+        let e = node.read(0, &mut IovMut::from_slice(&mut [0; 512])).unwrap_err();
+        assert_eq!(e.raw_os_error(), Some(libc::EIO));
+    }
+    drop(node);
+    q.ok("blockdev-del", json!({"node-name": "c"}));
 }

@@ -43,6 +43,14 @@ wire_struct! {
     }
 }
 
+wire_struct! {
+    /// A socket that was passed to the process.
+    pub struct FdSocketAddress {
+        /// Its name (`getfd`).
+        str: String,
+    }
+}
+
 wire_union! {
     /// Where a server is.
     pub struct SocketAddress {}
@@ -52,6 +60,8 @@ wire_union! {
         "inet" Inet(InetSocketAddress),
         /// A Unix socket.
         "unix" Unix(UnixSocketAddress),
+        /// A socket that is connected already; when that connection is lost, there is no other.
+        "fd" Fd(FdSocketAddress),
     }
 }
 
@@ -109,7 +119,7 @@ impl InetSocketAddress {
 }
 
 impl SocketAddress {
-    /// Connects, before `deadline`.
+    /// Connects, before `deadline`. A socket that was passed cannot be connected again.
     pub fn connect(&self, deadline: Instant) -> Result<OwnedFd> {
         match &self.kind {
             SocketAddressType::Unix(a) => loop {
@@ -133,6 +143,7 @@ impl SocketAddress {
                 let why = last.map_or_else(|| "no address".into(), |e| strerror(&e));
                 bail!("Failed to connect to '{}:{}': {why}", a.host, a.port)
             }
+            SocketAddressType::Fd(a) => bail!("File descriptor named '{}' has not been found", a.str),
         }
     }
 }
@@ -142,6 +153,7 @@ impl std::fmt::Display for SocketAddress {
         match &self.kind {
             SocketAddressType::Unix(a) => f.write_str(&a.path),
             SocketAddressType::Inet(a) => write!(f, "{}:{}", a.host, a.port),
+            SocketAddressType::Fd(a) => write!(f, "file descriptor '{}'", a.str),
         }
     }
 }

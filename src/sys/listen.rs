@@ -6,7 +6,7 @@
 use super::unix;
 use std::fs;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -43,6 +43,15 @@ pub fn on_path(path: &Path) -> io::Result<(OwnedFd, SocketFile)> {
     listener.set_nonblocking(true)?;
     let file = SocketFile::new(path)?;
     Ok((listener.into(), file))
+}
+
+/// Listens on a socket that has an address.
+pub fn on_fd(fd: BorrowedFd) -> io::Result<()> {
+    // SAFETY: no memory is involved.
+    match unsafe { libc::listen(fd.as_raw_fd(), 128) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// Removes the file of a Unix socket on which nobody listens. What is no socket, or is in use, is
