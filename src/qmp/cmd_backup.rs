@@ -117,12 +117,7 @@ pub(super) fn plan_blockdev(cx: &mut Cx, plan: &mut Plan, args: BlockdevBackup) 
 pub(super) fn plan_drive(cx: &mut Cx, plan: &mut Plan, args: DriveBackup) -> Result<()> {
     let source = planned(cx, plan, Some(&args.common.device), Some(&args.common.device))?;
     bitmap_rules(&args.common)?;
-    if let Some(name) = &args.common.bitmap
-        && plan.is_plain()
-        && source.find_bitmap(name).is_none()
-    {
-        bail!("Bitmap '{name}' could not be found");
-    }
+    bitmap_is_there(plan, &args.common, &source)?;
     let image = source.clone().skip_filters();
     let format = args.format.as_deref().unwrap_or(image.driver.name());
     let below = image.backing();
@@ -161,6 +156,7 @@ fn push(
     target: Arc<Node>,
 ) -> Result<()> {
     bitmap_rules(&args)?;
+    bitmap_is_there(plan, &args, &source)?;
     let id = job_id(cx, args.job_id.as_deref(), &source);
     cx.vm.check_idle(&source)?;
     if !Arc::ptr_eq(&source, &target) {
@@ -172,6 +168,14 @@ fn push(
     };
     plan.push(Other::Backup(Planned { args, id, filter, source, target }));
     Ok(())
+}
+
+/// Before anything is made for a backup that cannot be.
+fn bitmap_is_there(plan: &Plan, args: &BackupCommon, source: &Arc<Node>) -> Result<()> {
+    match &args.bitmap {
+        Some(name) if !plan.has_bitmap(source, name) => bail!("Bitmap '{name}' could not be found"),
+        _ => Ok(()),
+    }
 }
 
 fn bitmap_rules(args: &BackupCommon) -> Result<()> {

@@ -202,6 +202,11 @@ impl Step {
         }
     }
 
+    /// It makes a bitmap of that name.
+    pub fn adds(&self, to: &Arc<Node>, name: &str) -> bool {
+        matches!(self, Step::Add { node, args, .. } if Arc::ptr_eq(node, to) && args.name == name)
+    }
+
     /// The node whose users wait.
     pub fn node(&self) -> &Arc<Node> {
         match self {

@@ -226,9 +226,10 @@ impl Plan {
         self.others.push(other);
     }
 
-    /// Nothing but backups: what one needs must be there already.
-    pub fn is_plain(&self) -> bool {
-        self.overlays().next().is_none() && !self.others.iter().any(|o| matches!(o, Other::Bitmap(_)))
+    /// Whether `node` has a bitmap of that name, or will have one.
+    pub fn has_bitmap(&self, node: &Arc<Node>, name: &str) -> bool {
+        let adds = |o: &Other| matches!(o, Other::Bitmap(step) if step.adds(node, name));
+        node.find_bitmap(name).is_some() || self.others.iter().any(adds)
     }
 
     fn overlays(&self) -> impl Iterator<Item = &Overlay> {
