@@ -118,14 +118,14 @@ fn claim(config: &Config) -> Result<Inherited, Fault> {
     let netdev = |t: &Table| t.arguments.get("fd").and_then(Value::as_str).and_then(|s| s.parse().ok());
     let mut named = Vec::new();
     for table in &config.tables {
-        let fd = match table.kind {
-            Kind::Fdset => fdset(table),
-            Kind::Netdev => netdev(table),
-            Kind::NbdServer => nbd_fd(table),
-            _ => None,
+        let (member, fds) = match table.kind {
+            Kind::Fdset => ("fd", Vec::from_iter(fdset(table))),
+            Kind::Netdev => ("fd", Vec::from_iter(netdev(table))),
+            Kind::NbdServer => ("addr", sockets(table)),
+            Kind::Blockdev => ("server", sockets(table)),
+            _ => continue,
         };
-        let member = if table.kind == Kind::NbdServer { "addr" } else { "fd" };
-        named.extend(fd.map(|fd: i32| (fd, table.item.place_of(member), table.kind.header())));
+        named.extend(fds.into_iter().map(|fd| (fd, table.item.place_of(member), table.kind.header())));
     }
     for qmp in &config.qmp {
         if let QmpEnd::Fd(fd) = qmp.end {
@@ -152,6 +152,7 @@ fn add(vm: &mut Vm, inherited: &Inherited, table: &Table, check: bool) -> Result
     let args = table.arguments.clone();
     let command = |vm: &mut Vm, name| {
         let mut conn = Conn::new();
+        pass(inherited, table, &mut conn)?;
         schema::execute(&mut Cx { vm, conn: &mut conn }, name, args.clone()).map(drop)
     };
     match table.kind {
@@ -185,20 +186,34 @@ fn add(vm: &mut Vm, inherited: &Inherited, table: &Table, check: bool) -> Result
     }
 }
 
-/// The number of the listening socket that `[nbd-server]` names.
-fn nbd_fd(table: &Table) -> Option<i32> {
-    let addr = table.arguments.get("addr")?;
-    let fd = addr.get("type")?.as_str()? == "fd";
-    fd.then(|| addr.get("data")?.get("str")?.as_str()?.parse().ok()).flatten()
+/// The numbers of the sockets that addresses in a table name: `{ type = "fd", str = "5" }`, or with
+/// `data` around the `str`.
+fn sockets(table: &Table) -> Vec<i32> {
+    fn find(value: &Value, all: &mut Vec<i32>) {
+        let Some(members) = value.as_object() else { return };
+        if members.get("type").is_some_and(|kind| kind == "fd") {
+            let name = members.get("data").unwrap_or(value).get("str").and_then(Value::as_str);
+            all.extend(name.and_then(|n| n.parse::<i32>().ok()));
+        }
+        members.values().for_each(|v| find(v, all));
+    }
+    let mut all = Vec::new();
+    table.arguments.values().for_each(|v| find(v, &mut all));
+    all
+}
+
+/// Gives `conn` the sockets that the table names, as if a client had passed them under their numbers.
+fn pass(inherited: &Inherited, table: &Table, conn: &mut Conn) -> Result<()> {
+    sockets(table).into_iter().try_for_each(|n| {
+        conn.name_fd(n.to_string(), inherited.get(n)?);
+        Ok(())
+    })
 }
 
 /// `[nbd-server]`: from here on clients are served.
 fn serve(vm: &mut Vm, inherited: &Inherited, table: &Table) -> Result<()> {
     let mut conn = Conn::new();
-    if let Some(n) = nbd_fd(table) {
-        // As if a client had passed it, under its number.
-        conn.name_fd(n.to_string(), inherited.get(n)?);
-    }
+    pass(inherited, table, &mut conn)?;
     let args = table.arguments.clone();
     schema::execute(&mut Cx { vm, conn: &mut conn }, "nbd-server-start", args).map(drop)
 }

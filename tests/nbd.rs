@@ -310,6 +310,28 @@ fn the_server_listens_on_tcp_and_on_what_it_is_given() {
         format!("{DAEMON}{server}{QCOW2}{}[[qmp]]\nsocket = {qmp:?}\n", export("disk", "")),
     )
     .unwrap();
+    let vm = Vm::spawn(dir, passing(fd, config));
+    drop(vm.qmp());
+    run(
+        "qemu-img",
+        &["compare", "-f", "raw", "-F", "raw", &uri(&vm, "disk"), vm.path("raw").to_str().unwrap()],
+    );
+    // And its client on one that is connected.
+    let connected = UnixStream::connect(vm.path("nbd")).unwrap();
+    let dir = Dir::new();
+    let (config, qmp) = (dir.join("c.toml"), dir.join("qmp"));
+    let node = "[[blockdev]]\ndriver = \"raw\"\nnode-name = \"n\"\nread-only = true\n\
+                file = { driver = \"nbd\", export = \"disk\", server = { type = \"fd\", str = \"77\" } }\n";
+    std::fs::write(&config, format!("{DAEMON}{node}[[qmp]]\nsocket = {qmp:?}\n")).unwrap();
+    let client = Vm::spawn(dir, passing(connected.as_raw_fd(), config));
+    drop(connected);
+    let nodes = client.qmp().ok("query-named-block-nodes", json!({"flat": true}));
+    let n = nodes.as_array().unwrap().iter().find(|n| n["node-name"] == "n").unwrap();
+    assert_eq!(n["image"]["virtual-size"], std::fs::metadata(vm.path("raw")).unwrap().len());
+}
+
+/// A start with `fd` as number 77.
+fn passing(fd: i32, config: impl AsRef<std::ffi::OsStr>) -> Command {
     let mut command = Command::new(MINIVMM);
     command.arg(config);
     // SAFETY: async-signal-safe calls that touch no memory; a number that is far from any in use.
@@ -319,12 +341,7 @@ fn the_server_listens_on_tcp_and_on_what_it_is_given() {
             _ => Err(std::io::Error::last_os_error()),
         });
     }
-    let vm = Vm::spawn(dir, command);
-    drop(vm.qmp());
-    run(
-        "qemu-img",
-        &["compare", "-f", "raw", "-F", "raw", &uri(&vm, "disk"), vm.path("raw").to_str().unwrap()],
-    );
+    command
 }
 
 #[test]

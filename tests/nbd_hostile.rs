@@ -473,6 +473,18 @@ fn replies_without_an_end_are_let_go_by_a_yank() {
         }),
     ];
     let (vm, mut client) = start();
+    // One that does not even listen.
+    listen(&vm.path("deaf"), |l, _| {
+        l.until_go()?;
+        l.go(&[export(64 << 20)])?;
+        std::thread::sleep(LIMIT);
+        Ok(())
+    });
+    client.run("blockdev-add", Client::add(&vm, "deaf", 3600)).unwrap();
+    let line = json!({"command-line": "qemu-io n \"write -P 7 0 32M\""});
+    assert_eq!(client.run_yanked("human-monitor-command", line).unwrap(), "");
+    vm.wait_output("write failed: Input/output error");
+    client.run("blockdev-del", json!({"node-name": "n"})).unwrap();
     for (name, answer) in cases {
         listen(&vm.path(name), |l, _| {
             l.shake(true)?;
