@@ -73,6 +73,11 @@ impl Cache {
         self.capacity = self.capacity.max(capacity);
     }
 
+    /// How many pages may be kept.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
     /// From now on `capacity` pages may be kept (at least 8). Those that are too many go as others
     /// come.
     pub fn set_capacity(&mut self, capacity: usize) {

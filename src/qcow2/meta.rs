@@ -18,6 +18,7 @@ use super::mutant::Mutant;
 use super::types::{COPIED, Entry, Geometry, OFFSET_MASK, be64};
 use crate::block::debug::BlkdebugEvent;
 use crate::block::node::Node;
+use crate::sys::buf::AlignedBuf;
 use crate::sys::iov::IovMut;
 use std::collections::{BTreeSet, HashSet};
 use std::io;
@@ -361,6 +362,19 @@ impl Meta {
         Ok(())
     }
 
+    /// How many L2 pages are to be read at once where the one at `offset` is missing. Who walks through a
+    /// table, as jobs do through a large and sparse disk, gets the rest of it, or as much as is read at
+    /// about the price of one page; others that page alone, for they may need no more of it.
+    pub fn ahead(&self, offset: u64) -> u64 {
+        let (page, table) = (self.geo.page_size(), self.geo.cluster_size());
+        let at = offset & (table - 1);
+        if at == 0 || !self.l2.has(offset - page) {
+            return 1;
+        }
+        let most = ((table - at) / page).min(AHEAD / page).min(self.l2.capacity() as u64 / 2);
+        (1..most).find(|n| self.l2.has(offset + n * page)).unwrap_or(most).max(1)
+    }
+
     /// Sees to it that guest cluster `c` has an L2 table that may be changed: makes a new one, or
     /// copies one that a snapshot shares. Nothing on disk points to it before the checkpoint.
     pub fn ensure_l2(&mut self, file: &Node, c: u64) -> io::Result<()> {
@@ -506,6 +520,16 @@ pub fn read_padded(file: &Node, offset: u64, buf: &mut [u8]) -> io::Result<()> {
     }
     buf[have..].fill(0);
     Ok(())
+}
+
+/// The most that is read of an L2 table at once, in bytes.
+const AHEAD: u64 = 64 << 10;
+
+/// Reads `count` adjacent pages of metadata.
+pub fn read_pages(file: &Node, offset: u64, size: u64, count: u64) -> io::Result<Vec<Arc<[u8]>>> {
+    let mut all = AlignedBuf::new((size * count) as usize, 4096);
+    read_padded(file, offset, &mut all)?;
+    Ok(all.chunks_exact(size as usize).map(Arc::from).collect())
 }
 
 /// Reads a page of metadata.

@@ -257,7 +257,8 @@ impl Qcow2 {
     }
 
     /// A page that a look-up missed: reads it with the lock released, and puts it in unless it
-    /// could be out of date by then. Answers EIO when the miss is a corruption.
+    /// could be out of date by then; so with those that are read ahead. Answers EIO when the miss is a
+    /// corruption.
     fn resolve<'a>(
         &'a self,
         meta: MutexGuard<'a, Meta>,
@@ -265,14 +266,22 @@ impl Qcow2 {
     ) -> std::io::Result<MutexGuard<'a, Meta>> {
         match miss {
             Miss::Page(offset) => {
-                let (generation, size) = (meta.generation, meta.geo.page_size());
+                let (generation, size, count) = (meta.generation, meta.geo.page_size(), meta.ahead(offset));
                 drop(meta);
                 let file = self.file()?;
                 file.moment(BlkdebugEvent::L2Load);
-                let page = meta::read_page(&file, offset, size)?;
+                let pages = match meta::read_pages(&file, offset, size, count) {
+                    // Only the first was asked for.
+                    Err(_) if count > 1 => meta::read_pages(&file, offset, size, 1)?,
+                    pages => pages?,
+                };
                 let mut meta = self.lock();
-                if meta.generation == generation && !meta.l2.has(offset) {
-                    meta.l2.insert(offset, page);
+                if meta.generation == generation {
+                    for (offset, page) in (offset..).step_by(size as usize).zip(pages) {
+                        if !meta.l2.has(offset) {
+                            meta.l2.insert(offset, page);
+                        }
+                    }
                 }
                 Ok(meta)
             }
@@ -283,3 +292,7 @@ impl Qcow2 {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "ahead_test.rs"]
+mod tests;
