@@ -33,9 +33,10 @@ use super::throttle::Member;
 use super::tray::Tray;
 use crate::event::{BlockIoError, ErrorAction, Event, Events};
 use crate::sys::iov::{Iov, IovMut};
+use crate::sys::thread::lock;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 
 /// What to do about a failed request (`rerror`, `werror`).
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -190,10 +191,6 @@ pub struct Handle {
     owner: Mutex<Owner>,
     resized: Mutex<Option<ResizeHook>>,
     tray: OnceLock<Arc<Tray>>,
-}
-
-fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
-    m.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Handle {

@@ -9,7 +9,7 @@
 //! cluster (the filter's). Threads: the job's; `new`, `commit`, `abort`, `clean` on control. Locks: none.
 
 use super::crew::{Crew, PIECE, Step, Todo};
-use super::job::{JobCtx, Stop, Work, attach};
+use super::job::{After, JobCtx, Stop, Work, attach};
 use crate::bail;
 use crate::block::bitmap::Bitmap;
 use crate::block::copy_before_write::{self as cbw, Copied, Copies, CopyError, CopyOptions};
@@ -273,16 +273,13 @@ impl Backup {
     fn copy_all(&mut self, cx: &JobCtx) -> Result<(), Stop> {
         let total = self.total;
         cx.progress(total.saturating_sub(self.copies.left()), total);
-        let todo = Todo::new(self.copies.len());
-        loop {
-            let mut failed = self.crew.work(cx, || self.step(cx, &todo))?.into_iter();
+        let step = |todo: &Todo| self.step(cx, todo);
+        self.crew.work_off(cx, self.copies.len(), step, |_, e| {
             self.check()?;
-            let Some((range, e)) = failed.next() else { break };
-            // The others fail again, if they do: one error is reported at a time.
-            failed.for_each(|(range, _)| todo.give_back(range));
-            todo.give_back(range);
-            self.failed(cx, e)?;
-        }
+            // Ignored or not, what was not copied must be.
+            self.failed(cx, e).map(|()| After::Again)
+        })?;
+        self.check()?;
         cx.progress(total, total);
         Ok(())
     }

@@ -8,7 +8,7 @@
 
 use super::crew::{Crew, PIECE, Step, Todo};
 use super::filter::{self, Asks};
-use super::job::{JobCtx, Stop, Work, attach};
+use super::job::{After, JobCtx, Stop, Work, attach};
 use super::layers::{Found, find};
 use crate::block::driver::{Flags, Perm};
 use crate::block::graph::{Graph, Parent};
@@ -87,7 +87,7 @@ impl Commit {
         src: &Handle,
         dst: &Handle,
         todo: &Todo,
-    ) -> Step<(Range<u64>, io::Error, bool)> {
+    ) -> Step<(Range<u64>, (io::Error, bool))> {
         let look = |off, len| {
             let (found, n) = src.inside(|_| find(&self.plan.from, off, len))?;
             let most = match found {
@@ -99,7 +99,7 @@ impl Commit {
         };
         let Some((range, found)) = todo.take(look) else { return Ok(None) };
         let copied = found.map_err(|e| (e, true)).and_then(|found| self.copy(src, dst, found, &range));
-        let work = copied.map_err(|(e, read)| (range.clone(), e, read))?;
+        let work = copied.map_err(|failed| (range.clone(), failed))?;
         cx.advance(range.end - range.start);
         // Nobody waits after the last piece.
         Ok(Some(work).filter(|_| !todo.is_empty()))
@@ -181,16 +181,11 @@ impl Work for Commit {
     fn run(&mut self, cx: &JobCtx) -> Result<(), Stop> {
         let (Some(src), Some(dst)) = (self.src.clone(), self.dst.clone()) else { return Ok(()) };
         let Some(crew) = &self.crew else { return Ok(()) };
-        let todo = Todo::new(src.len());
-        loop {
-            let mut failed = crew.work(cx, || self.step(cx, &src, &dst, &todo))?.into_iter();
-            let Some((range, e, read)) = failed.next() else { break };
-            // The others fail again, if they do: one error is reported at a time. Ignored or not, what
-            // could not be written must be.
-            failed.for_each(|(range, ..)| todo.give_back(range));
-            todo.give_back(range);
-            cx.on_error(self.plan.on_error, &e, read)?;
-        }
+        let step = |todo: &Todo| self.step(cx, &src, &dst, todo);
+        crew.work_off(cx, src.len(), step, |_, (e, read)| {
+            // Ignored or not, what could not be written must be.
+            cx.on_error(self.plan.on_error, &e, read).map(|_| After::Again)
+        })?;
         // Here rather than on the control thread, for it may take long.
         Ok(dst.flush()?)
     }

@@ -12,16 +12,16 @@
 //! Owns: the helpers, which live no longer than `work`. Never: knows what is copied. Threads: the
 //! job's, and its helpers. Locks: a list of errors, for moments.
 
-use super::job::{JobCtx, Stop};
+use super::job::{After, JobCtx, Stop};
 use crate::block::graph::Graph;
 use crate::block::node::Node;
 use crate::block::traffic::Watch;
 use crate::sys::buf;
-use crate::sys::thread;
+use crate::sys::thread::{self, lock};
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// The most that is copied in one piece, in bytes. Each thread has a buffer for one.
@@ -62,10 +62,6 @@ impl Drop for Alarm<'_> {
             self.0.store(true, Ordering::SeqCst);
         }
     }
-}
-
-fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
-    m.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Crew {
@@ -111,6 +107,27 @@ impl Crew {
                         cx.sleep(time.min(REST))?;
                     }
                 }
+            }
+        }
+    }
+
+    /// Has `step` done until all of a disk of `len` bytes is: it takes pieces of what there is to do, and
+    /// says which has failed. `failed` decides whether such a piece is done again; or it ends the job.
+    pub fn work_off<E: Send>(
+        &self,
+        cx: &JobCtx,
+        len: u64,
+        step: impl Fn(&Todo) -> Step<(Range<u64>, E)> + Sync,
+        mut failed: impl FnMut(&Range<u64>, E) -> Result<After, Stop>,
+    ) -> Result<(), Stop> {
+        let todo = Todo::new(len);
+        loop {
+            let mut wrong = self.work(cx, || step(&todo))?.into_iter();
+            let Some((range, e)) = wrong.next() else { return Ok(()) };
+            // The others fail again, if they do: one error is reported at a time.
+            wrong.for_each(|(range, _)| todo.give_back(range));
+            if failed(&range, e)? == After::Again {
+                todo.give_back(range);
             }
         }
     }

@@ -121,21 +121,16 @@ impl Work for Stream {
 
     fn run(&mut self, cx: &JobCtx) -> Result<(), Stop> {
         let (Some(handle), false) = (&self.handle, self.plan.from.is_empty()) else { return Ok(()) };
-        let todo = Todo::new(handle.len());
         let mut ignored = None;
-        loop {
-            let mut failed = self.crew.work(cx, || self.step(cx, handle, &todo))?.into_iter();
-            let Some((range, e)) = failed.next() else { break };
-            // The others fail again, if they do: one error is reported at a time.
-            failed.for_each(|(range, _)| todo.give_back(range));
-            match cx.on_error(self.plan.on_error, &e, true)? {
-                After::Again => todo.give_back(range),
-                After::Ignored => {
-                    cx.advance(range.end - range.start);
-                    ignored.get_or_insert(e);
-                }
+        let step = |todo: &Todo| self.step(cx, handle, todo);
+        self.crew.work_off(cx, handle.len(), step, |range, e| {
+            let after = cx.on_error(self.plan.on_error, &e, true)?;
+            if after == After::Ignored {
+                cx.advance(range.end - range.start);
+                ignored.get_or_insert(e);
             }
-        }
+            Ok(after)
+        })?;
         if let Some(e) = ignored {
             // What is missing must go on showing through.
             return Err(e.into());

@@ -15,11 +15,12 @@ use super::irq::Controllers;
 use super::kvm::{Identity, fail};
 use crate::error::{Error, Result};
 use crate::event::{Event, Events};
+use crate::sys::thread::lock;
 use kvm_bindings::{KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE, kvm_run};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering::SeqCst};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, Once, PoisonError};
 use std::thread::JoinHandle;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
@@ -120,10 +121,6 @@ pub struct Processors {
     vcpus: Vec<Arc<Vcpu>>,
     threads: Vec<JoinHandle<()>>,
     shared: Arc<Shared>,
-}
-
-fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
-    m.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Processors {

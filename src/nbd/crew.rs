@@ -8,7 +8,8 @@
 //! Locks: the list's, then a hand's own; both for moments.
 
 use super::reply::Buffer;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use crate::sys::thread::lock;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 /// See the module's head. `T`: a request.
 pub(super) struct Crew<T> {
@@ -34,10 +35,6 @@ enum Task<T> {
     None,
     Do(T, Buffer),
     Leave,
-}
-
-fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
-    m.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl<T> Hand<T> {
