@@ -188,7 +188,7 @@ fn work(link: &Link, hand: &Arc<Hand<Job>>) {
             log::debug!("NBD: a client's replies cannot be sent: {e}");
             link.line.cut();
         }
-        link.took(start, || link.crew.is_busy());
+        link.took(start, is_heavy(&job.request), || link.crew.is_busy());
         let buffer = out.take_buffer();
         match link.crew.next(hand, buffer) {
             Some(next) => (job, out.buffer) = next,
@@ -210,12 +210,13 @@ impl Link {
     }
 
     /// A request that began at `start` has been done. If it was slow, and others wait meanwhile,
-    /// the next ones are taken to be slow, too, for eight times as long. Says when it is.
-    fn took(&self, start: u64, others: impl FnOnce() -> bool) -> u64 {
+    /// the next ones are taken to be slow, too, for eight times as long; not so if it was `heavy`: how
+    /// long a flush takes says nothing of reads. Says when it is.
+    fn took(&self, start: u64, heavy: bool, others: impl FnOnce() -> bool) -> u64 {
         let end = self.now();
         let took = end - start;
         let limit = if self.export.direct { SLOW_DIRECT } else { SLOW };
-        if took > limit.as_nanos() as u64 && others() {
+        if took > limit.as_nanos() as u64 && !heavy && others() {
             self.slow_until.fetch_max(end + 8 * took, Ordering::Relaxed);
         }
         end
@@ -251,7 +252,8 @@ impl Link {
             }
             let start = self.now();
             let mut slow = start < self.slow_until.load(Ordering::Relaxed);
-            if !slow && is_heavy(&request) {
+            let heavy = is_heavy(&request);
+            if !slow && heavy {
                 out.flush()?;
                 oldest = None;
                 slow = rx.has(1) || rx.more(&self.line, false)?;
@@ -269,7 +271,7 @@ impl Link {
                 self.perform(&job, out)?;
             }
             let mut trouble = None;
-            let end = self.took(start, || {
+            let end = self.took(start, heavy, || {
                 rx.has(1)
                     || rx.more(&self.line, false).unwrap_or_else(|e| {
                         trouble = Some(e);

@@ -1,5 +1,5 @@
 use super::*;
-use crate::block::testing::Mem;
+use crate::block::testing::{At, Mem};
 use crate::nbd::testing::{Raw, Rig};
 use std::io::Write;
 
@@ -213,6 +213,38 @@ fn slow_requests_are_done_side_by_side() {
     assert!(took < Duration::from_millis(800), "{took:?}");
     drop(c);
     rig.wait_empty();
+}
+
+/// Flushes take their time on every disk, and say nothing of reads that come after them.
+#[test]
+fn after_slow_flushes_reads_do_not_change_threads() {
+    let rig = rig("flushes", true);
+    let readers = Arc::new(Mutex::new(Vec::new()));
+    let (release, held) = std::sync::mpsc::channel::<()>();
+    let held = Mutex::new(held);
+    let seen = readers.clone();
+    *rig.state.hook.lock().unwrap() = Some(Arc::new(move |at, _, _| match at {
+        At::Read => seen.lock().unwrap().push(std::thread::current().id()),
+        At::Flush => _ = held.lock().unwrap().recv(),
+        _ => {}
+    }));
+    let mut c = Raw::go(&rig.path(), false, &[]);
+    let request = |kind, len| Request { flags: 0, kind, cookie: 77, offset: 0, len }.bytes();
+    c.send(&[request(cmd::FLUSH, 0), request(cmd::FLUSH, 0), request(cmd::READ, 512)].concat());
+    // The flushes are others' work, who are both at it for long.
+    assert_eq!(c.simple(), 0);
+    c.recv(512);
+    std::thread::sleep(Duration::from_millis(200));
+    (0..2).for_each(|_| release.send(()).unwrap());
+    (0..2).for_each(|_| assert_eq!(c.simple(), 0));
+    for _ in 0..8 {
+        c.request(0, cmd::READ, 0, 512);
+        assert_eq!(c.simple(), 0);
+        c.recv(512);
+    }
+    let readers = readers.lock().unwrap();
+    assert_eq!(readers.len(), 9);
+    assert!(readers.iter().all(|r| *r == readers[0]), "{readers:?}");
 }
 
 /// Payloads travel with their requests, whoever does those, and whatever size buffers have by then.
