@@ -497,3 +497,47 @@ fn replies_without_an_end_are_let_go_by_a_yank() {
     }
     assert!(peak(&vm) < MEMORY, "{} KiB", peak(&vm));
 }
+
+#[test]
+fn a_server_that_comes_back_with_another_disk_is_not_believed() {
+    type Other = fn(&mut Line) -> io::Result<()>;
+    let cases: &[(&str, Other)] = &[
+        ("shorter", |l| l.until_go().and_then(|()| l.go(&[export(SIZE / 2)]))),
+        ("longer", |l| l.until_go().and_then(|()| l.go(&[export(SIZE * 2)]))),
+        ("blocks", |l| l.until_go().and_then(|()| l.go(&[export(SIZE), blocks(4096, 4096, 1 << 20)]))),
+        ("payload", |l| l.until_go().and_then(|()| l.go(&[export(SIZE), blocks(1, 512, 2048)]))),
+        ("read-only", |l| {
+            let mut info = export(SIZE);
+            info[11] |= flag::READ_ONLY as u8;
+            l.until_go().and_then(|()| l.go(&[info]))
+        }),
+        ("no-flush", |l| {
+            let mut info = export(SIZE);
+            info[11] &= !(flag::SEND_FLUSH as u8);
+            l.until_go().and_then(|()| l.go(&[info]))
+        }),
+        ("no-chunks", |l| l.shake(false)),
+    ];
+    let (vm, mut client) = start();
+    for (name, other) in cases {
+        listen(&vm.path(name), |l, n| match n {
+            0 => l.shake(true).and_then(|()| l.request().map(drop)),
+            1 => {
+                other(l)?;
+                let r = l.request()?;
+                l.put(&data(&r, 0, &vec![8; r.len as usize], chunk::DONE))
+            }
+            _ => l.shake(true).and_then(|()| l.serve(true)),
+        });
+        client.run("blockdev-add", Client::add(&vm, name, 0)).unwrap();
+        let begin = Instant::now();
+        loop {
+            match client.read(&vm, false) {
+                said if said == GOOD => break,
+                said => assert_eq!(said, EIO, "{name}"),
+            }
+            assert!(begin.elapsed() < LIMIT, "{name}");
+        }
+        client.run("blockdev-del", json!({"node-name": "n"})).unwrap();
+    }
+}
