@@ -16,6 +16,7 @@ use super::uri::Location;
 use crate::bail;
 use crate::block::driver::{Driver, Extent, ExtentKind, Flags, Limits};
 use crate::block::open::{Open, Opening};
+use crate::block::reopen_options::{Ready, Reopening};
 use crate::block::yank::Yankable;
 use crate::error::{Error, Result};
 use crate::sys::address::{SocketAddress, SocketAddressType};
@@ -287,6 +288,16 @@ impl Nbd {
         }
     }
 
+    fn check_access(&self, read_only: bool) -> io::Result<()> {
+        match read_only || !self.found.has(flag::READ_ONLY) {
+            true => Ok(()),
+            false => {
+                let text = "Can't reopen read-only NBD mount as read/write";
+                Err(io::Error::new(io::ErrorKind::PermissionDenied, text))
+            }
+        }
+    }
+
     fn reconnect(&self, deadline: Instant) -> Result<Client> {
         let client = self.place.connect(&self.link, deadline)?;
         let (old, new) = (&self.found, &client.found);
@@ -480,6 +491,18 @@ impl Driver for Nbd {
             map.insert("x-dirty-bitmap".into(), json!(dirty));
         }
         map
+    }
+
+    /// The connection stays: nothing of its own can change.
+    fn reopen<'a>(&'a self, how: &Reopening) -> Option<Result<Ready<'a>>> {
+        Some(match self.check_access(how.options.read_only) {
+            Ok(()) => Ok(Box::new(|| {})),
+            Err(e) => Err(e.into()),
+        })
+    }
+
+    fn set_read_only(&self, read_only: bool) -> io::Result<()> {
+        self.check_access(read_only)
     }
 
     fn give_up(&self) {

@@ -382,3 +382,27 @@ fn the_last_sector_of_a_window_is_a_whole_one() {
     x.write(0, &crate::sys::iov::Iov::from_slice(&[9; 512]), crate::block::driver::Flags::NONE).unwrap();
     assert_eq!(std::fs::read(&path).unwrap(), [[7; 512], [9; 512]].concat());
 }
+
+#[test]
+fn what_is_tested_with_errors_is_reopened_too() {
+    let dir = Scratch::new("cmd-reopen-blkdebug");
+    let mut q = Qmp::new();
+    let file = json!({"driver": "file", "node-name": "f", "filename": dir.file("f", 1 << 20)});
+    q.ok("blockdev-add", file);
+    let rule = json!([{"event": "read_aio", "errno": 5, "sector": 8}]);
+    let node = json!({"driver": "blkdebug", "node-name": "b", "image": "f", "inject-error": rule});
+    q.ok("blockdev-add", node.clone());
+    for (key, value, want) in [
+        ("read-only", json!(true), None),
+        ("read-only", json!(false), None),
+        ("discard", json!("unmap"), None),
+        ("align", json!(4096), Some("Cannot change the option 'align'")),
+        ("inject-error", json!([]), Some("Cannot change the option 'inject-error'")),
+    ] {
+        let mut other = node.clone();
+        other[key] = value;
+        let done = q.run("blockdev-reopen", json!({"options": [other]}));
+        assert_eq!(done.err().map(|e| e.desc).as_deref(), want, "{key}");
+    }
+    assert!(!q.vm.graph.find("b").unwrap().read_only());
+}

@@ -128,6 +128,51 @@ fn clients_keep_an_export_unless_they_are_shown_out() {
 }
 
 #[test]
+fn a_client_is_reopened_read_only_or_writable_as_far_as_the_server_lets_it() {
+    let dir = Scratch::new("nbd-reopen");
+    let mut q = Qmp::new();
+    let path = start(&mut q, &dir);
+    node(&mut q, &dir, "far", false);
+    let export = |id: &str, writable: bool| json!({"type": "nbd", "id": id, "name": id, "node-name": "far", "writable": writable});
+    q.ok("block-export-add", export("rw", true));
+    q.ok("block-export-add", export("ro", false));
+    for (name, refused) in [("rw", false), ("ro", true)] {
+        let server = json!({"type": "unix", "path": path});
+        let client = |read_only: bool| json!({"driver": "nbd", "node-name": "n", "export": name, "server": server, "read-only": read_only});
+        q.ok("blockdev-add", client(true));
+        let mut raw = json!({"driver": "raw", "node-name": "r", "file": "n", "read-only": true});
+        q.ok("blockdev-add", raw.clone());
+        raw["read-only"] = json!(false);
+        let both = q.run("blockdev-reopen", json!({"options": [client(false), raw]}));
+        let n = q.vm.graph.find("n").unwrap().clone();
+        assert_eq!((both.is_err(), n.read_only()), (refused, refused));
+        if refused {
+            assert_eq!(both.unwrap_err().desc, "Can't reopen read-only NBD mount as read/write");
+            assert!(q.vm.graph.set_read_only(&n, false).is_err());
+            assert!(n.read_only() && q.vm.graph.find("r").unwrap().read_only());
+        } else {
+            q.vm.graph.find("r").unwrap().write(0, &Iov::from_slice(&[5; 512]), Flags::NONE).unwrap();
+            assert_eq!(std::fs::read(dir.path("far")).unwrap()[..512], [5; 512]);
+        }
+        for (key, value) in [
+            ("export", json!("other")),
+            ("server", json!({"type": "unix", "path": "/nowhere"})),
+            ("reconnect-delay", json!(5)),
+        ] {
+            let mut other = client(true);
+            other[key] = value;
+            let e = q.err("blockdev-reopen", json!({"options": [other]}));
+            assert_eq!(e, format!("Cannot change the option '{key}'"));
+        }
+        q.ok("blockdev-del", json!({"node-name": "r"}));
+        q.ok("blockdev-reopen", json!({"options": [client(true)]}));
+        assert!(n.read_only());
+        drop(n);
+        q.ok("blockdev-del", json!({"node-name": "n"}));
+    }
+}
+
+#[test]
 fn sockets_are_passed_to_client_and_server() {
     let dir = Scratch::new("nbd-passed");
     let mut q = Qmp::new();
