@@ -383,6 +383,89 @@ fn a_snapshot_whose_tables_name_metadata_is_left_alone() {
     });
 }
 
+/// Where the refcount of cluster `k` is, of 16 bits.
+fn refcount_at(disk: &Disk, k: u64, cluster_size: u64) -> u64 {
+    word(disk, word(disk, 48) + 8 * (k / (cluster_size / 2))) + 2 * (k % (cluster_size / 2))
+}
+
+/// Opens the image, in which a cluster in use is called free, and allocates: that is refused, and nothing is lost.
+fn is_not_handed_out(disk: &Arc<Disk>, at: u64) {
+    let before = disk.copy();
+    let image = open_image(disk, None, Options::default()).unwrap();
+    assert_eq!(write(&image, at, &[7; 512]).unwrap_err().raw_os_error(), Some(libc::EIO));
+    assert_eq!(write(&image, at, &[7; 512]).unwrap_err().raw_os_error(), Some(libc::EIO));
+    let _ = image.close();
+    let mut after = disk.copy();
+    assert_eq!(after[79] & 2, 2, "the corrupt bit");
+    after[79] = before[79];
+    assert!(after[..before.len()] == before, "something was written");
+    assert!(open_image(disk, None, Options::default()).is_err());
+}
+
+#[test]
+fn a_used_cluster_with_refcount_0_is_not_handed_out() {
+    // It is in a table that nobody has looked at.
+    let disk = fresh(&CreateOptions { size: 2 << 29, ..CreateOptions::default() });
+    let image = open_image(&disk, None, Options::default()).unwrap();
+    write(&image, 1 << 29, &[1; 65536]).unwrap();
+    write(&image, 0, &[2; 65536]).unwrap();
+    image.close().unwrap();
+    let k = image.status(1 << 29, 512).unwrap().host_offset.unwrap() >> 16;
+    let good = refcount_at(&disk, k, 65536);
+    patch(&disk, good, &[0, 0]);
+    is_not_handed_out(&disk, 1 << 20);
+}
+
+#[test]
+fn a_snapshots_cluster_with_refcount_0_is_not_handed_out() {
+    let disk = fresh(&CreateOptions { size: 1 << 20, ..CreateOptions::default() });
+    let image = open_image(&disk, None, Options::default()).unwrap();
+    image.write(0, &Iov::from_slice(&[1; 65536]), Flags::COMPRESSED).unwrap();
+    image.create_snapshot(Snapshot { name: "s".into(), ..Snapshot::default() }).unwrap();
+    write(&image, 0, &[2; 65536]).unwrap();
+    image.close().unwrap();
+    let l2 = word(&disk, word(&disk, word(&disk, 64)));
+    let k = (word(&disk, l2) & ((1 << 54) - 1)) >> 16;
+    patch(&disk, refcount_at(&disk, k, 65536), &[0, 0]);
+    is_not_handed_out(&disk, 1 << 19);
+}
+
+#[test]
+fn a_used_cluster_without_a_refcount_block_is_not_handed_out() {
+    let disk = fresh(&CreateOptions { size: 1 << 20, cluster_size: 512, ..CreateOptions::default() });
+    let image = open_image(&disk, None, Options::default()).unwrap();
+    (0..512).for_each(|i| write(&image, i * 1024, &[1; 512]).unwrap());
+    image.close().unwrap();
+    let reftable = word(&disk, 48);
+    assert_ne!(word(&disk, reftable + 16), 0);
+    (2..8).for_each(|i| patch(&disk, reftable + 8 * i, &[0; 8]));
+    is_not_handed_out(&disk, 512);
+}
+
+#[test]
+fn holes_of_a_sound_image_are_used() {
+    for (cluster_size, extended_l2) in [(65536, false), (512, false), (16384, true)] {
+        let options = CreateOptions { size: 4 << 20, cluster_size, extended_l2, ..CreateOptions::default() };
+        let disk = fresh(&options);
+        let image = open_image(&disk, None, Options::default()).unwrap();
+        write(&image, 0, &[1; 2 << 20]).unwrap();
+        image.write(2 << 20, &Iov::from_slice(&vec![2; cluster_size as usize]), Flags::COMPRESSED).unwrap();
+        image.create_snapshot(Snapshot { name: "s".into(), ..Snapshot::default() }).unwrap();
+        write(&image, 3 << 20, &[3; 1 << 19]).unwrap();
+        image.zero(0, 1 << 19, Flags::NONE).unwrap();
+        image.discard(3 << 20, 1 << 18).unwrap();
+        image.close().unwrap();
+        let len = disk.copy().len();
+        let image = open_image(&disk, None, Options::default()).unwrap();
+        write(&image, (3 << 20) + (1 << 19), &[4; 1 << 17]).unwrap();
+        image.close().unwrap();
+        // (Of many small clusters only so many are searched for one.)
+        assert!(disk.copy().len() <= len + 4096, "the holes are not used");
+        assert!(read(&image, (3 << 20) + (1 << 18), 1 << 18).unwrap() == [3; 1 << 18]);
+        sound(&image);
+    }
+}
+
 #[test]
 fn a_snapshot_table_that_ends_behind_all_numbers_is_refused() {
     let (disk, at) = with_snapshot(1 << 20);

@@ -139,6 +139,10 @@ impl Meta {
                 self.cursor += (end - first) as u64;
                 continue;
             };
+            if !self.holes_known {
+                self.look_for_holes(file)?;
+                continue;
+            }
             let stop = end.min(free.saturating_add(usize::try_from(want).unwrap_or(per_page)));
             let count = (free..stop).take_while(|i| refcount_get(p, order, *i) == 0).count();
             let cluster = self.cursor + (free - first) as u64;
@@ -194,6 +198,9 @@ impl Meta {
                 return Err(corrupt("Refcounts beyond the end of the file are not zero"));
             }
         };
+        if !self.holes_known && start << self.geo.cluster_bits < self.opened_len {
+            self.look_for_holes(file)?;
+        }
         let total = blocks.len() as u64 + table + want;
         let end = start + total;
         if !blocks.is_empty() {

@@ -344,6 +344,8 @@ impl Qcow2 {
             meta.tables.clear();
             // These clusters may be free now, and then anybody's.
             meta.packing = 0;
+            // What they say now is said by the references.
+            meta.holes_known = true;
             *self.decompressed.lock().unwrap_or_else(PoisonError::into_inner) = None;
             meta.find_tables(&file)?;
             let mut walk =

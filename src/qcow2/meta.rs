@@ -150,6 +150,8 @@ pub struct Meta {
     pub fresh: u64,
     /// Where the next compressed cluster goes: an offset in a cluster that others are in; 0: none.
     pub packing: u64,
+    /// The refcounts call nothing free that is in use, as far as was looked (holes.rs).
+    pub holes_known: bool,
     /// Length of the file in bytes.
     pub file_len: u64,
     /// Length of the file when it was opened.

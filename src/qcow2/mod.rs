@@ -59,6 +59,7 @@ mod driver;
 mod erase;
 mod extension;
 pub mod header;
+mod holes;
 mod io;
 mod meta;
 pub mod mutant;

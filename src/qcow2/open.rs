@@ -148,6 +148,7 @@ pub fn open(
         tail: clusters.min(blocks << geo.block_bits()),
         fresh: clusters,
         packing: 0,
+        holes_known: false,
         file_len,
         opened_len: file_len,
         cleaned: Instant::now(),
