@@ -89,6 +89,24 @@ pub trait Work: Send {
         let _ = graph;
     }
 
+    /// The filter that the job has put in: the user may do no more with it than with the job's disks.
+    fn filter(&self) -> Option<&Arc<Node>> {
+        None
+    }
+
+    /// After `clean`, for a job that stays in the list: it keeps its nodes from the user as before, until
+    /// [`Work::dismiss`], as that kind of job does in QEMU.
+    fn lingers(&self, failed: bool) -> bool {
+        let _ = failed;
+        false
+    }
+
+    /// The job leaves the list: lets go of what `clean` has left. May come without a `run`, and after any
+    /// end.
+    fn dismiss(&mut self, graph: &mut Graph) {
+        let _ = graph;
+    }
+
     /// True for a job whose end a user may ask for while it is ready (`block-job-complete`).
     fn completes(&self) -> bool {
         false
@@ -235,7 +253,7 @@ impl Shared {
     }
 
     pub(super) fn set_speed(&self, speed: u64) {
-        self.tell(|s| s.rate.set(speed));
+        self.tell(|s| s.rate.set(speed, Instant::now()));
     }
 
     pub(super) fn snapshot(&self) -> Snapshot {
@@ -603,6 +621,17 @@ impl Kick {
     pub fn kick(&self) {
         self.0.tell(|_| ());
     }
+}
+
+/// A handle for a job on the disk that it works on, which is not its disk for that.
+pub fn attach_source(
+    graph: &mut Graph,
+    node: &Arc<Node>,
+    uses: Perm,
+    shares: Perm,
+) -> Result<Arc<Handle>, Error> {
+    let job = Some(("source", "a block job".to_string()));
+    graph.attach(Some(node.clone()), HandleSpec { uses, shares, job, ..HandleSpec::default() })
 }
 
 /// A handle for a job on `node`: what it does with it, and lets others do.

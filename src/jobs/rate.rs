@@ -32,9 +32,15 @@ impl Rate {
         self.speed
     }
 
-    /// Another speed. Whoever waits for the old one goes on.
-    pub fn set(&mut self, speed: u64) {
+    /// Another speed from `now` on. What was done too early for the old one is waited for at the new one:
+    /// who sets the speed again and again does not get more.
+    pub fn set(&mut self, speed: u64, now: Instant) {
+        let early = self.wait_until(now).map_or(Duration::ZERO, |due| due - now);
+        let bytes = early.as_nanos() * u128::from(self.speed) / 1_000_000_000;
         *self = Rate::new(speed);
+        if bytes > 0 {
+            self.spent(u64::try_from(bytes).unwrap_or(u64::MAX), now);
+        }
     }
 
     /// Notes that `bytes` more were done by `now`.
@@ -115,7 +121,31 @@ mod tests {
             rate.spent(u64::MAX, now);
         }
         assert!(rate.wait_until(now + Duration::from_secs(3600)).is_some());
-        rate.set(0);
+        rate.set(0, now);
+        assert_eq!(rate.wait_until(now), None);
+    }
+
+    #[test]
+    fn another_speed_is_for_what_was_done_too_early_as_well() {
+        let start = Instant::now();
+        let after = |rate: &Rate, now: Instant| rate.wait_until(now).map_or(0.0, |t| (t - now).as_secs_f64());
+        let mut rate = Rate::new(1 << 20);
+        rate.spent(4 << 20, start);
+        // A second later three quarters are left: for six seconds at half the speed.
+        let now = start + Duration::from_secs(1);
+        rate.set(1 << 19, now);
+        assert!((5.99..6.01).contains(&after(&rate, now)), "{}", after(&rate, now));
+        // The same again and again is no other.
+        for _ in 0..100 {
+            rate.set(1 << 19, now);
+        }
+        assert!((5.99..6.01).contains(&after(&rate, now)), "{}", after(&rate, now));
+        // From next to nothing to a lot it is a moment.
+        rate.set(1, now);
+        rate.set(30 << 20, now);
+        assert!((0.09..0.11).contains(&after(&rate, now)), "{}", after(&rate, now));
+        rate.set(0, now);
+        rate.set(1, now);
         assert_eq!(rate.wait_until(now), None);
     }
 }
