@@ -132,12 +132,9 @@ impl Copies {
         &self.to_copy
     }
 
-    /// What is still to be copied, in bytes.
+    /// What is still to be copied, in bytes: whole clusters, as QEMU counts them, also the last.
     pub fn left(&self) -> u64 {
-        // the last cluster may be cut short by the end
-        let over = self.len.next_multiple_of(self.options.cluster) - self.len;
-        let cut = over > 0 && self.to_copy.is_dirty(self.len - 1);
-        self.to_copy.count().saturating_sub(if cut { over } else { 0 })
+        self.to_copy.count()
     }
 
     /// The disk below the filter, and the target.
