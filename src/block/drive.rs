@@ -214,6 +214,7 @@ impl Drives {
             write_cache: how.write_cache.unwrap_or(true),
             rerror: how.rerror,
             werror: how.werror,
+            ..HandleSpec::default()
         };
         let handle = graph.attach_as(node, spec, &device.id)?;
         handle.set_owner(&device.id, &device.qom_path, Some(events.clone()));

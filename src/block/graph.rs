@@ -150,6 +150,19 @@ impl Graph {
         out
     }
 
+    /// Somebody uses `node` as a disk: a guest, an export, a job that copies it.
+    pub fn is_disk(&self, node: &Arc<Node>) -> bool {
+        self.parents(node).iter().any(|p| matches!(p, Parent::Handle(h) if h.is_disk()))
+    }
+
+    /// The newest image whose backing file `node` is.
+    pub fn image_above(&self, node: &Arc<Node>) -> Option<Arc<Node>> {
+        self.parents(node).into_iter().rev().find_map(|parent| match parent {
+            Parent::Node(above, edge) if edge.role == "backing" => Some(above),
+            _ => None,
+        })
+    }
+
     /// Whether a new node may have that name; QEMU's texts.
     pub fn check_name(&self, name: &str) -> Result<()> {
         if !well_formed(name) {
@@ -231,16 +244,11 @@ impl Graph {
     pub fn delete(&mut self, name: &str) -> Result<()> {
         let node = self.need(name)?.clone();
         let parents = self.parents(&node);
-        if parents.iter().any(|p| matches!(p, Parent::Handle(_))) {
+        if self.is_disk(&node) {
             bail!("Node {name} is in use");
         }
-        for parent in &parents {
-            if let Parent::Node(above, edge) = parent
-                && edge.role == "backing"
-            {
-                let above = &above.name;
-                bail!("Node '{name}' is busy: node is used as backing hd of '{above}'");
-            }
+        if let Some(above) = self.image_above(&node) {
+            bail!("Node '{name}' is busy: node is used as backing hd of '{}'", above.name);
         }
         if !self.is_monitor_owned(&node) {
             bail!("Node {name} is not owned by the monitor");

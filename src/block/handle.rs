@@ -116,6 +116,9 @@ pub struct HandleSpec {
     pub rerror: OnError,
     /// What to do about any other failed request.
     pub werror: OnError,
+    /// For what a job needs of a node besides the disk that it works on: what it is for it, and the job
+    /// as messages name it. Such a user does not make a node somebody's disk.
+    pub job: Option<(&'static str, String)>,
 }
 
 impl Default for HandleSpec {
@@ -128,6 +131,7 @@ impl Default for HandleSpec {
             write_cache: true,
             rerror: OnError::Auto,
             werror: OnError::Auto,
+            job: None,
         }
     }
 }
@@ -178,6 +182,8 @@ pub struct Handle {
     pub(super) gate: Gate,
     pub(super) root: Arc<Edge>,
     name: String,
+    /// [`HandleSpec::job`]'s name.
+    job: Option<String>,
     uses: AtomicU8,
     shares: AtomicU8,
     /// Counters of `query-blockstats`.
@@ -198,10 +204,12 @@ impl Handle {
     /// ([`Graph::attach`](super::graph::Graph::attach)) before anything else uses the node;
     /// alone it serves tests.
     pub fn new(node: Option<Arc<Node>>, spec: HandleSpec) -> Arc<Handle> {
+        let (role, job) = spec.job.map_or(("root", None), |(role, job)| (role, Some(job)));
         Arc::new(Handle {
             gate: Gate::default(),
-            root: Edge::new("root", node),
+            root: Edge::new(role, node),
             name: spec.name,
+            job,
             uses: AtomicU8::new(spec.uses.0),
             shares: AtomicU8::new(spec.shares.0),
             stats: Stats::default(),
@@ -444,6 +452,11 @@ impl Handle {
         &self.name
     }
 
+    /// It makes a node somebody's disk ([`HandleSpec::job`]).
+    pub fn is_disk(&self) -> bool {
+        self.job.is_none()
+    }
+
     /// The guest device that uses this handle from now on: its id ("" without one), its QOM path,
     /// and where its errors are posted. Control thread.
     pub fn set_owner(&self, id: &str, qom_path: &str, events: Option<Events>) {
@@ -504,6 +517,9 @@ impl Handle {
 
     /// How messages about permissions name this user.
     pub fn describe(&self) -> String {
+        if let Some(job) = &self.job {
+            return job.clone();
+        }
         let id = lock(&self.owner).id.clone();
         match (self.name.is_empty(), id.is_empty()) {
             (false, _) => format!("block device '{}'", self.name),

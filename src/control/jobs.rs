@@ -4,6 +4,8 @@
 //! none.
 
 use super::vm::Vm;
+use crate::bail;
+use crate::block::graph::Parent;
 use crate::block::node::Node;
 use crate::error::Result;
 use crate::event::ErrorAction;
@@ -57,10 +59,9 @@ impl Vm {
         }
     }
 
-    /// The name of the drive on `node`, if there is one that has a name.
+    /// The name of the drive right on `node`, if there is one that has a name.
     pub fn drive_of(&self, node: &Arc<Node>) -> Option<&str> {
-        let node = node.clone().skip_implicit();
-        let is_it = |n: Arc<Node>| Arc::ptr_eq(&n.skip_implicit(), &node);
+        let is_it = |n: Arc<Node>| Arc::ptr_eq(&n, node);
         let mut named = self.drives.iter().filter(|d| !d.name().is_empty());
         named.find(|d| d.handle.node().is_some_and(is_it)).map(|d| d.name())
     }
@@ -75,8 +76,31 @@ impl Vm {
         self.jobs.check_free(node, &self.disk_name(node))
     }
 
-    /// What a job uses `node` for, if one does.
-    pub fn job_on(&self, node: &Arc<Node>) -> Option<Kind> {
-        self.jobs.user_of(node)
+    /// The same, and fails when it is some image's backing file. QEMU names what came last.
+    pub fn check_alone(&self, node: &Arc<Node>) -> Result<()> {
+        // A commit that is over has made it that.
+        let after = self.jobs.user_of(node) == Some((Kind::Commit, true));
+        let above = self.graph.image_above(node);
+        if above.is_none() || !after {
+            self.check_idle(node)?;
+        }
+        match above {
+            Some(above) => {
+                let (name, above) = (self.disk_name(node), &above.name);
+                bail!("Node '{name}' is busy: node is used as backing hd of '{above}'")
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// True when neither a node nor a job needs `node` for something: only disks are on it, if anybody.
+    pub fn is_root(&self, node: &Arc<Node>) -> bool {
+        let by_node = |p: &Parent| matches!(p, Parent::Node(..));
+        self.jobs.user_of(node).is_none() && !self.graph.parents(node).iter().any(by_node)
+    }
+
+    /// Whether a job uses `node`.
+    pub fn has_job(&self, node: &Arc<Node>) -> bool {
+        self.jobs.user_of(node).is_some()
     }
 }

@@ -9,7 +9,7 @@
 //! cluster (the filter's). Threads: the job's; `new`, `commit`, `abort`, `clean` on control. Locks: none.
 
 use super::crew::{Crew, PIECE, Step, Todo};
-use super::job::{After, JobCtx, Stop, Work, attach};
+use super::job::{After, JobCtx, Stop, Work, attach_source};
 use crate::bail;
 use crate::block::bitmap::Bitmap;
 use crate::block::copy_before_write::{self as cbw, Copied, Copies, CopyError, CopyOptions};
@@ -121,7 +121,8 @@ impl Backup {
         let (name, named) = &spec.filter;
         let node = NodeOptions { read_only: source.read_only(), implicit: !named, ..NodeOptions::default() };
         let (filter, copies) = cbw::filter((name, node), source, target, options)?;
-        graph.add(filter.clone())?;
+        let wrong = |e: Error| Error::new(format!("Could not create node: {e}"));
+        graph.add(filter.clone()).map_err(wrong)?;
         // No write is under way now, and none begins: this is the disk that the copy will be.
         let quiesced = graph.quiesce(&[source], &[]);
         let mut total = copies.left();
@@ -143,7 +144,7 @@ impl Backup {
                 }
                 total = copies.left();
             }
-            let put = graph.edit(&quiesced, |edit| edit.insert_filter(&filter, source));
+            let put = graph.edit(&quiesced, |edit| edit.insert_filter(&filter, source)).map_err(wrong);
             if let (Err(_), Some(s)) = (&put, &synced) {
                 s.node.reclaim_bitmap(&s.bitmap);
             }
@@ -151,7 +152,7 @@ impl Backup {
         })();
         drop(quiesced);
         let bitmap = done.inspect_err(|_| graph.collect())?;
-        let handle = attach(graph, &filter, Perm::CONSISTENT_READ, Perm::ALL);
+        let handle = attach_source(graph, &filter, Perm::CONSISTENT_READ, Perm::ALL);
         let policies = (spec.on_source_error, spec.on_target_error);
         match handle {
             Ok(handle) => {
@@ -303,8 +304,10 @@ impl Work for Backup {
         if self.sync == Sync::None {
             loop {
                 self.check()?;
+                // Also when it is cancelled.
+                let slept = cx.sleep(Duration::from_millis(200));
                 cx.progress(self.total.saturating_sub(self.copies.left()), self.total);
-                cx.sleep(Duration::from_millis(200))?;
+                slept?;
             }
         }
         if self.sync == Sync::Top {
@@ -339,6 +342,10 @@ impl Work for Backup {
             }
             s.node.reclaim_bitmap(&s.bitmap);
         }
+    }
+
+    fn filter(&self) -> Option<&Arc<Node>> {
+        Some(&self.filter)
     }
 
     fn clean(&mut self, graph: &mut Graph) {

@@ -1,10 +1,12 @@
 //! Backups of disks in memory, under guests that go on writing.
 
 use super::*;
-use crate::block::driver::Flags;
+use crate::block::driver::{Driver, Flags};
 use crate::block::handle::HandleSpec;
+use crate::block::node::Edge;
 use crate::block::testing::Mem;
-use crate::jobs::registry::Spec;
+use crate::block::traffic::Watch;
+use crate::jobs::registry::{JobKey, Spec};
 use crate::jobs::table::{Kind, Status};
 use crate::jobs::testing::{Desk, Guests, assert_same, bytes};
 use crate::sys::iov::Iov;
@@ -15,9 +17,13 @@ const LEN: usize = (2 << 20) + 5 * 512;
 
 /// Starts a backup; `then` runs at the very moment whose contents it is to have.
 fn start(desk: &mut Desk, spec: BackupSpec, speed: i64, then: impl FnOnce()) {
+    start_as(desk, "b", spec, speed, then);
+}
+
+fn start_as(desk: &mut Desk, id: &str, spec: BackupSpec, speed: i64, then: impl FnOnce()) -> JobKey {
     let source = spec.source.clone();
     let quiesced = desk.graph.quiesce(&[&source], &[]);
-    let job = Spec { speed, ..Spec::new("b", Kind::Backup) };
+    let job = Spec { speed, ..Spec::new(id, Kind::Backup) };
     let events = desk.events.clone();
     let graph = &mut desk.graph;
     let make = || Ok(Box::new(Backup::new(graph, spec)?) as Box<dyn Work>);
@@ -25,6 +31,7 @@ fn start(desk: &mut Desk, spec: BackupSpec, speed: i64, then: impl FnOnce()) {
     then();
     drop(quiesced);
     desk.jobs.start(&mut desk.graph, key);
+    key
 }
 
 fn spec(source: &Arc<Node>, target: &Arc<Node>, sync: Sync) -> BackupSpec {
@@ -52,11 +59,138 @@ fn a_full_backup_is_the_disk_as_it_was() {
         let mut then = Vec::new();
         // at a speed that leaves the guests time
         start(&mut desk, spec(&disk, &target, Sync::Full), 40 << 20, || then = bytes(&source));
-        desk.until(&format!("COMPLETED {LEN}/{LEN} "));
+        // Whole clusters, also the last.
+        let all = LEN.next_multiple_of(65536);
+        desk.until(&format!("COMPLETED {all}/{all} "));
         drop(guests);
         assert_same(&bytes(&copy), &then, "the backup");
         desk.graph.delete("target").unwrap();
         assert_eq!(desk.graph.nodes().count(), 1, "nothing is left of the job");
+    }
+}
+
+/// Two at once: each target has the disk as it was at its own moment, whoever ends first and however.
+#[test]
+fn two_backups_of_one_disk_have_each_its_own_moment() {
+    for round in 0..24 {
+        let mut desk = Desk::new();
+        let (disk, source) = desk.disk("disk", LEN);
+        let copies = ["one", "two"].map(|name| desk.disk(name, LEN));
+        let guest = desk.guest(&disk);
+        let guests = Guests::on(&guest, 0xd0b1e + round, false);
+        // Who is the first to end, and who is cancelled: 0 and 1, or nobody.
+        let (slow, cancelled) = ((round % 2) as usize, (round / 2 % 3) as usize);
+        let (mut moments, mut keys) = (Vec::new(), Vec::new());
+        for (n, (target, _)) in copies.iter().enumerate() {
+            let mut spec = spec(&disk, target, Sync::Full);
+            spec.filter = (format!("filter{n}"), false);
+            let speed = if n == slow { 20 << 20 } else { 60 << 20 };
+            let mut then = Vec::new();
+            keys.push(start_as(&mut desk, &format!("b{n}"), spec, speed, || then = bytes(&source)));
+            moments.push(then);
+            guests.go_on(20);
+        }
+        if let Some(key) = keys.get(cancelled) {
+            guests.go_on(20);
+            if desk.jobs.at(key.0).is_some_and(|at| desk.jobs.list[at].status == Status::Running) {
+                desk.jobs.cancel(&mut desk.graph, *key, true).unwrap();
+            }
+        }
+        let begun = std::time::Instant::now();
+        while !desk.jobs.is_empty() {
+            desk.turn();
+            assert!(begun.elapsed() < Duration::from_secs(60), "{:?}", desk.jobs.query());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        drop(guests);
+        for (n, (_, copy)) in copies.iter().enumerate() {
+            if n != cancelled {
+                assert_same(&bytes(copy), &moments[n], &format!("round {round}, backup {n}"));
+            }
+        }
+        assert_eq!(desk.graph.nodes().count(), 3, "nothing is left of the jobs");
+        // The guest writes to the disk itself again, and to nothing else.
+        let before = copies.each_ref().map(|(_, copy)| bytes(copy));
+        guest.write(0, &Iov::from_slice(&[0x5a; 512]), Flags::NONE).unwrap();
+        assert!(Arc::ptr_eq(&guest.node().unwrap(), &disk));
+        assert!(copies.iter().zip(before).all(|((_, copy), b)| bytes(copy) == b));
+    }
+}
+
+/// What a backup shows of the disk behind its target is the disk: it is no user of it that jobs give way to.
+#[test]
+fn a_target_behind_which_the_disk_lies_is_no_user_of_it() {
+    let mut desk = Desk::new();
+    let (disk, _) = desk.disk("disk", LEN);
+    let (target, _) = desk.disk("target", LEN);
+    let over = Node::new("over", Box::new(Over::new(&target, &disk)), NodeOptions::default());
+    desk.graph.add(over.clone()).unwrap();
+    desk.graph.own(&over);
+    let guest = desk.guest(&disk);
+    let backup = Backup::new(&mut desk.graph, spec(&disk, &over, Sync::Full)).unwrap();
+    let watch = Watch::above(&desk.graph, &backup.filter);
+    let put = |node: &Node| node.write(0, &Iov::from_slice(&[1; 512]), Flags::NONE).unwrap();
+    put(&over);
+    let mut buf = [0; 512];
+    over.read(0, &mut crate::sys::iov::IovMut::from_slice(&mut buf)).unwrap();
+    assert_eq!(watch.requests(), 0);
+    guest.write(0, &Iov::from_slice(&[2; 512]), Flags::NONE).unwrap();
+    assert_eq!(watch.requests(), 1);
+    drop(watch);
+    let mut backup = backup;
+    backup.clean(&mut desk.graph);
+    // The same for a mirror.
+    let plan = crate::jobs::mirror::tests::plan(&disk, &over);
+    let mut mirror = crate::jobs::mirror::Mirror::new(&mut desk.graph, plan).unwrap();
+    let filter = mirror.filter().unwrap().clone();
+    let watch = Watch::above(&desk.graph, &filter);
+    put(&over);
+    assert_eq!(watch.requests(), 0);
+    guest.write(0, &Iov::from_slice(&[3; 512]), Flags::NONE).unwrap();
+    assert_eq!(watch.requests(), 1);
+    drop(watch);
+    mirror.clean(&mut desk.graph);
+}
+
+/// An image that is all there, with a backing file all the same.
+struct Over {
+    file: Arc<Edge>,
+    backing: Arc<Edge>,
+}
+
+impl Over {
+    fn new(file: &Arc<Node>, backing: &Arc<Node>) -> Over {
+        Over {
+            file: Edge::new("file", Some(file.clone())),
+            backing: Edge::new("backing", Some(backing.clone())),
+        }
+    }
+}
+
+impl Driver for Over {
+    fn name(&self) -> &'static str {
+        "over"
+    }
+    fn len(&self) -> u64 {
+        LEN as u64
+    }
+    fn edges(&self) -> Vec<Arc<Edge>> {
+        vec![self.file.clone(), self.backing.clone()]
+    }
+    fn wants(&self, edge: &Edge, above: (Perm, Perm)) -> (Perm, Perm) {
+        if edge.role == "backing" { (Perm::CONSISTENT_READ, Perm::ALL) } else { above }
+    }
+    fn read(&self, off: u64, to: &mut crate::sys::iov::IovMut) -> io::Result<()> {
+        self.file.need()?.read(off, to)
+    }
+    fn write(&self, off: u64, from: &Iov, flags: Flags) -> io::Result<()> {
+        self.file.need()?.write(off, from, flags)
+    }
+    fn zero(&self, off: u64, len: u64, flags: Flags) -> io::Result<()> {
+        self.file.need()?.zero(off, len, flags)
+    }
+    fn flush(&self) -> io::Result<()> {
+        Ok(())
     }
 }
 

@@ -204,6 +204,14 @@ impl Work for Commit {
         graph.edit(&quiesced, |edit| edit.replace(filter, &self.plan.base, None))
     }
 
+    fn filter(&self) -> Option<&Arc<Node>> {
+        self.filter.as_ref()
+    }
+
+    fn lingers(&self, failed: bool) -> bool {
+        !failed
+    }
+
     fn clean(&mut self, graph: &mut Graph) {
         for handle in [self.src.take(), self.dst.take()].into_iter().flatten() {
             graph.detach(&handle);

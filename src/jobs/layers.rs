@@ -13,6 +13,11 @@ pub fn below(node: &Arc<Node>) -> Option<Arc<Node>> {
     node.backing().map(Node::skip_filters)
 }
 
+/// All nodes from `top` on, itself and filters included, uppermost first.
+pub fn nodes(top: &Arc<Node>) -> impl Iterator<Item = Arc<Node>> {
+    std::iter::successors(Some(top.clone()), |n| n.filtered().or_else(|| n.backing()))
+}
+
 /// All images from `top` on, itself included, uppermost first, filters left out.
 pub fn chain(top: Arc<Node>) -> impl Iterator<Item = Arc<Node>> {
     std::iter::successors(Some(top.skip_filters()), below)

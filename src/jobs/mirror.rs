@@ -18,7 +18,7 @@
 //! own.
 
 use super::crew::{Crew, PIECE, Step};
-use super::job::{JobCtx, Stop, Work, attach};
+use super::job::{JobCtx, Stop, Work, attach, attach_source};
 use super::layers::{self, Found};
 use super::mirror_top::{self, Both, Mode};
 use super::table::Kind;
@@ -188,7 +188,7 @@ impl Mirror {
         self.crew = Some(Crew::new(graph, &filter));
         self.above = Some(attach(graph, &filter, Perm::NONE, Perm::ALL)?);
         let reads = if *commit { Perm::NONE } else { Perm::CONSISTENT_READ };
-        self.src = Some(attach(graph, source, reads, Perm::ALL)?);
+        self.src = Some(attach_source(graph, source, reads, Perm::ALL)?);
         if *commit && target.len() < source.len() {
             graph.resize(target, source.len())?;
         }
@@ -584,6 +584,10 @@ impl Work for Mirror {
             log::warn!("node '{}' stays writable: {e}", self.plan.target.name);
         }
         graph.collect();
+    }
+
+    fn filter(&self) -> Option<&Arc<Node>> {
+        self.filter.as_ref()
     }
 
     fn completes(&self) -> bool {

@@ -24,6 +24,8 @@ mod txn;
 #[cfg(test)]
 mod mutant_test;
 #[cfg(test)]
+mod pace_test;
+#[cfg(test)]
 mod stress_test;
 #[cfg(test)]
 mod testing;

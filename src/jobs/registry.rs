@@ -222,18 +222,17 @@ impl Jobs {
         self.list.iter().rev().map(info).collect()
     }
 
-    /// The job that forbids certain things to be done to `node`: what it does. A filter, such as the
-    /// job's own, is as much in use as what it filters.
-    pub fn user_of(&self, node: &Arc<Node>) -> Option<Kind> {
-        let filtered: Vec<_> = std::iter::successors(Some(node.clone()), |n| n.filtered()).collect();
-        let uses = |j: &&Job| j.nodes.iter().any(|n| filtered.iter().any(|f| Arc::ptr_eq(n, f)));
-        self.list.iter().find(uses).map(|j| j.kind)
+    /// The job that forbids certain things to be done to `node`: what it does, and whether it is over. A
+    /// backup forbids nothing of its disk, as in QEMU, but what its filter and the target are used for.
+    pub fn user_of(&self, node: &Arc<Node>) -> Option<(Kind, bool)> {
+        let uses = |j: &&Job| j.nodes.iter().any(|n| Arc::ptr_eq(n, node));
+        self.list.iter().find(uses).map(|j| (j.kind, j.status == Status::Concluded))
     }
 
     /// Fails when a job uses `node`, which messages call `name`.
     pub fn check_free(&self, node: &Arc<Node>, name: &str) -> Result<()> {
         match self.user_of(node) {
-            Some(kind) => {
+            Some((kind, _)) => {
                 let kind = kind.as_str();
                 bail!("Node '{name}' is busy: block device is in use by block job: {kind}")
             }
@@ -256,7 +255,7 @@ impl Jobs {
 
     /// Makes a job, in state `created`. `build` makes its work (puts filters in, attaches handles) once
     /// it is known that the job can have its name; it undoes what it did when it fails. `events` is the
-    /// control thread's inbox. `nodes`: see [`Jobs::user_of`].
+    /// control thread's inbox. `nodes`: see [`Jobs::user_of`]; the work's filter is one of them, too.
     pub fn create(
         &mut self,
         spec: Spec,
@@ -294,7 +293,7 @@ impl Jobs {
             completes: work.completes(),
             softly: work.cancels_softly(),
             txn,
-            nodes: nodes.iter().copied().cloned().collect(),
+            nodes: nodes.iter().copied().chain(work.filter()).cloned().collect(),
             shared: Shared::new(serial, speed, events.clone()),
             synced: work.actively_synced(),
             work: Some(work),
@@ -562,7 +561,7 @@ impl Jobs {
             self.cancel_now(graph, serial, true);
             self.finish(graph, serial);
             if self.get(serial).is_some_and(|j| j.status == Status::Concluded) {
-                self.forget(serial);
+                self.forget(graph, serial);
             }
         }
     }
@@ -584,16 +583,18 @@ impl Jobs {
     }
 
     /// Forgets a concluded job.
-    pub fn dismiss(&mut self, job: JobKey) -> Result<()> {
+    pub fn dismiss(&mut self, graph: &mut Graph, job: JobKey) -> Result<()> {
         let serial = self.verb(job, Verb::Dismiss)?.serial;
-        self.forget(serial);
+        self.forget(graph, serial);
         Ok(())
     }
 
-    pub(super) fn forget(&mut self, serial: u64) {
+    pub(super) fn forget(&mut self, graph: &mut Graph, serial: u64) {
         if let Some(at) = self.at(serial) {
             self.become_status(at, Status::Null);
-            self.list.remove(at);
+            if let Some(mut work) = self.list.remove(at).work {
+                work.dismiss(graph);
+            }
         }
     }
 }

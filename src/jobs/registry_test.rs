@@ -286,13 +286,13 @@ fn finalize_and_dismiss_by_hand() {
     let key = desk.go(by_hand, script);
     desk.until_told("a PENDING");
     assert!(log(&seen).is_empty());
-    let no = desk.jobs.dismiss(key).unwrap_err();
+    let no = desk.jobs.dismiss(&mut desk.graph, key).unwrap_err();
     assert_eq!(no.desc, "Job 'a' in state 'pending' cannot accept command verb 'dismiss'");
     desk.jobs.finalize(&mut desk.graph, key).unwrap();
     desk.turn();
     assert_eq!(desk.told[2..], ["a waiting", "a pending", "a PENDING", "a COMPLETED ", "a concluded"]);
     assert_eq!(desk.status("a"), Status::Concluded);
-    desk.jobs.dismiss(key).unwrap();
+    desk.jobs.dismiss(&mut desk.graph, key).unwrap();
     assert!(desk.jobs.is_empty());
 
     // A pending one can still be cancelled.

@@ -7,11 +7,11 @@
 //! Owns: the walk. Never: names of files (it is told them). Threads: as [`Work`] says. Locks: none.
 
 use super::crew::{Crew, PIECE, Step, Todo};
-use super::job::{After, JobCtx, Stop, Work, attach};
+use super::job::{After, JobCtx, Stop, Work};
 use super::layers::{Found, below, find};
 use crate::block::driver::{ExtentKind, Perm};
 use crate::block::graph::Graph;
-use crate::block::handle::{Handle, OnError};
+use crate::block::handle::{Handle, HandleSpec, OnError};
 use crate::block::mutant::{Bug, Mutant};
 use crate::block::node::Node;
 use crate::error::{Error, Result, strerror};
@@ -31,6 +31,8 @@ pub struct Plan {
     pub on_error: OnError,
     /// The filter, if the user wants one.
     pub filter: Option<Arc<Node>>,
+    /// The job's name, for messages.
+    pub id: String,
     /// How a node's file is named in an image's header.
     pub name_of: fn(&Node) -> String,
 }
@@ -48,6 +50,8 @@ enum Do {
 pub struct Stream {
     plan: Plan,
     handle: Option<Arc<Handle>>,
+    /// On the images that data come from: nobody may write to them.
+    held: Vec<Arc<Handle>>,
     crew: Crew,
     /// The image was read-only before.
     turn_back: bool,
@@ -60,19 +64,32 @@ impl Stream {
         let turn_back = plan.top.read_only();
         let top = plan.top.clone();
         let crew = Crew::new(graph, &top);
-        let mut stream = Stream { plan, handle: None, crew, turn_back, bug: Bug::here() };
-        let uses = Perm::CONSISTENT_READ | Perm::WRITE_UNCHANGED;
-        let attached = graph.set_read_only(&top, false);
-        match attached.and_then(|()| attach(graph, &top, uses, uses | Perm::WRITE)) {
-            Ok(handle) => {
-                stream.handle = Some(handle);
-                Ok(stream)
-            }
+        let mut stream = Stream { plan, handle: None, held: Vec::new(), crew, turn_back, bug: Bug::here() };
+        match stream.begin(graph) {
+            Ok(()) => Ok(stream),
             Err(e) => {
                 stream.clean(graph);
+                stream.dismiss(graph);
                 Err(e)
             }
         }
+    }
+
+    fn begin(&mut self, graph: &mut Graph) -> Result<()> {
+        let Plan { top, from, id, .. } = &self.plan;
+        graph.set_read_only(top, false)?;
+        let uses = Perm::CONSISTENT_READ | Perm::WRITE_UNCHANGED;
+        let spec = |role, uses, shares| {
+            let job = Some((role, format!("stream job '{id}'")));
+            HandleSpec { uses, shares, job, ..HandleSpec::default() }
+        };
+        let of_top = spec("active node", uses, uses | Perm::WRITE);
+        self.handle = Some(graph.attach(Some(top.clone()), of_top)?);
+        for image in from {
+            let of_image = spec("intermediate node", Perm::CONSISTENT_READ, uses);
+            self.held.push(graph.attach(Some(image.clone()), of_image)?);
+        }
+        Ok(())
     }
 
     /// What there is to do at `off`, and for how many of `len` bytes; no more than `most` are worked on.
@@ -156,6 +173,18 @@ impl Work for Stream {
         top.driver.set_backing(named.as_ref().map(|(n, f)| (n.as_str(), *f))).map_err(wrong)?;
         let quiesced = graph.quiesce(&[top], &[]);
         graph.edit(&quiesced, |edit| edit.set(&edge, base))
+    }
+
+    fn filter(&self) -> Option<&Arc<Node>> {
+        self.plan.filter.as_ref()
+    }
+
+    fn lingers(&self, _: bool) -> bool {
+        true
+    }
+
+    fn dismiss(&mut self, graph: &mut Graph) {
+        self.held.drain(..).for_each(|handle| graph.detach(&handle));
     }
 
     fn clean(&mut self, graph: &mut Graph) {

@@ -141,6 +141,7 @@ impl Desk {
             backing_file: None,
             on_error: OnError::Report,
             filter: None,
+            id: "job".into(),
             name_of,
         };
         let work = Box::new(Stream::new(&mut self.graph, plan).unwrap());
@@ -543,7 +544,15 @@ pub(super) fn short(job: u32) {
         let from = vec![mid];
         let (kind, work): (_, Box<dyn super::job::Work>) = match job {
             0 => {
-                let plan = stream::Plan { top, from, backing_file, on_error, filter: None, name_of };
+                let plan = stream::Plan {
+                    top,
+                    from,
+                    backing_file,
+                    on_error,
+                    filter: None,
+                    id: "job".into(),
+                    name_of,
+                };
                 (Kind::Stream, Box::new(Stream::new(&mut desk.graph, plan).unwrap()))
             }
             1 => {
@@ -553,7 +562,15 @@ pub(super) fn short(job: u32) {
             // All of it, down to nothing.
             _ => {
                 let from = vec![chain[1].clone(), base];
-                let plan = stream::Plan { top, from, backing_file, on_error, filter: None, name_of };
+                let plan = stream::Plan {
+                    top,
+                    from,
+                    backing_file,
+                    on_error,
+                    filter: None,
+                    id: "job".into(),
+                    name_of,
+                };
                 (Kind::Stream, Box::new(Stream::new(&mut desk.graph, plan).unwrap()))
             }
         };

@@ -145,19 +145,25 @@ impl Jobs {
         if job.status == Status::Concluded {
             return;
         }
-        if let Some(mut work) = job.work.take() {
+        let mut lingers = false;
+        let mut work = job.work.take();
+        if let Some(work) = &mut work {
             if failed {
                 work.abort(graph);
             } else {
                 work.commit(graph);
             }
             work.clean(graph);
+            lingers = work.lingers(failed);
         }
         let lonely = self.serial();
         let Some(at) = self.at(serial) else { return };
         let job = &mut self.list[at];
+        job.work = work.filter(|_| lingers);
         job.txn = lonely;
-        job.nodes.clear();
+        if !lingers {
+            job.nodes.clear();
+        }
         job.user_paused = false;
         if job.started && job.kind.is_block() {
             let (report, error) = (job.report(), job.error.as_ref().map(|e| e.desc.clone()));
@@ -170,7 +176,7 @@ impl Jobs {
         let forget = job.auto_dismiss || !job.started;
         self.become_status(at, Status::Concluded);
         if forget {
-            self.forget(serial);
+            self.forget(graph, serial);
         }
     }
 }

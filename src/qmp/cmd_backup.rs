@@ -227,22 +227,18 @@ impl Planned {
         &self.source
     }
 
-    /// Begins, if nobody uses its nodes meanwhile. `begun`: the targets of those that did before.
+    /// Begins, if nobody uses its nodes meanwhile.
     pub fn happen(
         self,
         graph: &mut Graph,
         jobs: &mut Jobs,
         (events, txn): (&Events, Option<Txn>),
-        begun: &mut Vec<Arc<Node>>,
     ) -> Result<JobKey> {
-        let target = self.target.clone();
-        match begun.iter().find(|t| Arc::ptr_eq(t, &self.source)) {
-            Some(node) => jobs.check_free(node, &node.name)?,
-            None => jobs.check_free(&target, &target.name)?,
+        // Nobody used them before, but one that has just begun may.
+        for node in [&self.source, &self.target] {
+            jobs.check_free(node, &node.name)?;
         }
-        let key = self.begin(graph, jobs, events, txn)?;
-        begun.push(target);
-        Ok(key)
+        self.begin(graph, jobs, events, txn)
     }
 
     fn begin(self, graph: &mut Graph, jobs: &mut Jobs, events: &Events, txn: Option<Txn>) -> Result<JobKey> {
@@ -282,6 +278,6 @@ impl Planned {
             filter,
         };
         let build = || Ok(Box::new(Backup::new(graph, spec)?) as Box<dyn Work>);
-        jobs.create(job, events, &[&source, &target], build)
+        jobs.create(job, events, &[&target], build)
     }
 }

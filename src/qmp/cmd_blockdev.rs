@@ -115,6 +115,12 @@ fn blockdev_add(cx: &mut Cx, given: Given) -> Result<()> {
 }
 
 fn blockdev_del(cx: &mut Cx, node_name: String) -> Result<()> {
+    let node = cx.vm.graph.need(&node_name)?.clone();
+    // What is a disk says that first, and so does the graph.
+    if !cx.vm.graph.is_disk(&node) {
+        cx.vm.check_alone(&node)?;
+    }
+    drop(node);
     cx.vm.graph.delete(&node_name)
 }
 
@@ -136,7 +142,7 @@ fn block_resize(cx: &mut Cx, device: Option<String>, node_name: Option<String>, 
     let Ok(size) = u64::try_from(size) else {
         return Err(Error::new("Parameter 'size' expects a >0 size"));
     };
-    cx.vm.check_idle(&node)?;
+    cx.vm.check_alone(&node)?;
     cx.vm.graph.resize(&node, size)
 }
 
@@ -154,7 +160,7 @@ fn set_write_threshold(cx: &mut Cx, node_name: String, threshold: u64) -> Result
 pub(super) fn find_root(cx: &Cx, device: &str) -> Result<Arc<Node>> {
     let node = find_node(cx, Some(device), Some(device))?;
     let by_drive = cx.vm.drives.find(device).is_some();
-    if cx.vm.job_on(&node).is_some() {
+    if cx.vm.has_job(&node) {
         bail!("Need a root block node");
     }
     if !by_drive && cx.vm.graph.parents(&node).iter().any(|p| matches!(p, Parent::Node(..))) {

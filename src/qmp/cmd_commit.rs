@@ -8,7 +8,6 @@ use super::cmd_query_block::file_name;
 use super::job_options::{self, BlockdevOnError, JobOptions};
 use super::job_options::{by_node_name, find_backing, in_chain, need_backing};
 use super::schema::Cx;
-use crate::block::graph::Parent;
 use crate::block::node::Node;
 use crate::error::{Class, Error, Result};
 use crate::jobs::table::Kind;
@@ -53,12 +52,11 @@ wire_struct! {
 /// The disk's node. An unknown disk is of a class by which clients tell old servers.
 fn root_of(cx: &Cx, device: &str) -> Result<Arc<Node>> {
     let lost = |_| Error::of(Class::DeviceNotFound, format!("Device '{device}' not found"));
-    if cx.vm.drives.find(device).is_some() {
-        return find_node(cx, Some(device), None);
-    }
-    let node = find_node(cx, None, Some(device)).map_err(lost)?;
-    let by_node = |p: &Parent| matches!(p, Parent::Node(..));
-    if cx.vm.job_on(&node).is_none() && cx.vm.graph.parents(&node).iter().any(by_node) {
+    let node = match cx.vm.drives.find(device) {
+        Some(_) => find_node(cx, Some(device), None)?,
+        None => find_node(cx, None, Some(device)).map_err(lost)?,
+    };
+    if !cx.vm.is_root(&node) {
         bail!("Need a root block node");
     }
     Ok(node)
@@ -102,16 +100,13 @@ fn base_of(cx: &Cx, top: &Arc<Node>, args: &BlockCommit) -> Result<Arc<Node>> {
 
 fn block_commit(cx: &mut Cx, args: BlockCommit) -> Result<()> {
     let root = root_of(cx, &args.common.0.device)?;
-    cx.vm.check_idle(&root)?;
     let active = root.clone().skip_filters();
     let top = top_of(cx, &root, &args)?.skip_filters();
     let base = base_of(cx, &top, &args)?;
-    let mut nodes = vec![root.clone()];
-    for image in layers::chain(active.clone()) {
-        let last = Arc::ptr_eq(&image, &base);
-        if !Arc::ptr_eq(&image, &root) {
-            nodes.push(image);
-        }
+    let mut nodes = Vec::new();
+    for node in layers::nodes(&root) {
+        let last = Arc::ptr_eq(&node, &base);
+        nodes.push(node);
         if last {
             break;
         }

@@ -5,6 +5,7 @@
 use super::schema::Cx;
 use crate::block::driver::Perm;
 use crate::block::handle::{Handle, HandleSpec};
+use crate::block::node::Node;
 use crate::control::formats::Formats;
 use crate::control::state::RunState;
 use crate::error::{Error, Result};
@@ -124,7 +125,10 @@ fn qemu_io(cx: &mut Cx, words: &mut Words) -> std::result::Result<String, String
         }
         return Ok(cx.vm.qemu_io.run(&handle, &line, false));
     }
-    let handle = borrow(cx, &name, &line).map_err(|e| format!("Error: {e}\r\n"))?;
+    let Some(node) = cx.vm.graph.find(&name).cloned() else {
+        return Err(format!("Error: Cannot find device='' nor node-name='{name}'\r\n"));
+    };
+    let handle = borrow(cx, node, &line).map_err(|e| format!("{e}\r\n"))?;
     let text = match reopens {
         true => reopen(cx, &handle, &line),
         false => Ok(cx.vm.qemu_io.run(&handle, &line, true)),
@@ -199,11 +203,8 @@ fn reopen(cx: &mut Cx, handle: &Arc<Handle>, line: &str) -> std::result::Result<
     Ok(String::new())
 }
 
-/// A user of the node `name` that does what `line` needs.
-fn borrow(cx: &mut Cx, name: &str, line: &str) -> Result<Arc<Handle>> {
-    let Some(node) = cx.vm.graph.find(name).cloned() else {
-        bail!("Cannot find device='' nor node-name='{name}'");
-    };
+/// A user of `node` that does what `line` needs.
+fn borrow(cx: &mut Cx, node: Arc<Node>, line: &str) -> Result<Arc<Handle>> {
     let changes = ["write", "w", "aio_write", "discard", "d"];
     let writes = line.split(' ').find(|w| !w.is_empty()).is_some_and(|w| changes.contains(&w));
     let uses = if writes { Perm::WRITE } else { Perm::NONE };

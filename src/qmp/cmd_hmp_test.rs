@@ -76,7 +76,7 @@ fn who_shares_no_writes_is_respected() {
     let node = q.vm.graph.find("r").cloned();
     let disk = q.vm.graph.attach(node, spec).unwrap();
     let e = say(&mut q, "qemu-io r \"write 0 512\"");
-    assert!(e.starts_with("Error: Permission conflict on node 'r': permissions 'write'"), "{e}");
+    assert!(e.starts_with("Permission conflict on node 'r': permissions 'write'"), "{e}");
     assert_eq!(say(&mut q, "qemu-io r \"read -q 0 512\""), "");
     q.vm.graph.detach(&disk);
     assert_eq!(say(&mut q, "qemu-io r \"write -q 0 512\""), "");

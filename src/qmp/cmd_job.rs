@@ -218,7 +218,7 @@ fn block_complete(cx: &mut Cx, device: String) -> Result<()> {
 
 fn block_dismiss(cx: &mut Cx, id: String) -> Result<()> {
     let job = cx.vm.jobs.find_block(&id)?;
-    cx.vm.jobs.dismiss(job)
+    cx.vm.jobs.dismiss(&mut cx.vm.graph, job)
 }
 
 fn block_finalize(cx: &mut Cx, id: String) -> Result<()> {
@@ -248,7 +248,7 @@ fn complete(cx: &mut Cx, id: String) -> Result<()> {
 
 fn dismiss(cx: &mut Cx, id: String) -> Result<()> {
     let job = cx.vm.jobs.find(&id)?;
-    cx.vm.jobs.dismiss(job)
+    cx.vm.jobs.dismiss(&mut cx.vm.graph, job)
 }
 
 fn finalize(cx: &mut Cx, id: String) -> Result<()> {

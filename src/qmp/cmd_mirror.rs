@@ -8,7 +8,6 @@ use super::cmd_query_block::file_name;
 use super::cmd_snapshot::NewImageMode;
 use super::job_options::{self, BlockdevOnError, JobOptions, MirrorSyncMode};
 use super::schema::Cx;
-use crate::block::graph::Parent;
 use crate::block::node::Node;
 use crate::control::formats::Formats;
 use crate::control::new_image::{self, NewBacking};
@@ -107,11 +106,10 @@ struct Disk {
 }
 
 fn disk(cx: &Cx, device: &str) -> Result<Disk> {
-    let root = find_node(cx, Some(device), Some(device))?.skip_implicit();
-    if cx.vm.graph.parents(&root).iter().any(|p| matches!(p, Parent::Node(..))) {
+    let root = find_node(cx, Some(device), Some(device))?;
+    if !cx.vm.is_root(&root) {
         bail!("Need a root block node");
     }
-    cx.vm.check_idle(&root)?;
     let image = root.clone().skip_filters();
     Ok(Disk { root, image })
 }
@@ -243,7 +241,7 @@ fn mirror(
         bail!("Can't mirror node into itself");
     }
     let replaces = replaced(cx, &common, &disk)?;
-    cx.vm.check_idle(&target.node)?;
+    cx.vm.check_alone(&target.node)?;
     let spec = job_options::spec(cx, Kind::Mirror, &job, &disk.root);
     let events = cx.vm.events.clone();
     let plan = mirror::Plan {

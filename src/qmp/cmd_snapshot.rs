@@ -9,7 +9,7 @@ use super::cmd_blockdev::{find_node, find_root};
 use super::cmd_query_block::file_name;
 use super::schema::Cx;
 use crate::block::driver;
-use crate::block::graph::{Graph, Parent};
+use crate::block::graph::Graph;
 use crate::block::node::Node;
 use crate::block::snapshot::{Act, Inside, Moment, Overlay, check_overlay};
 use crate::control::formats::Formats;
@@ -164,8 +164,6 @@ pub(super) enum Other {
 
 struct Others<'a> {
     list: &'a mut Vec<Other>,
-    /// The targets of the backups that have begun.
-    targets: Vec<Arc<Node>>,
     jobs: &'a mut Jobs,
     events: Events,
     txn: Option<Txn>,
@@ -192,7 +190,7 @@ impl Moment for Others<'_> {
             Other::Bitmap(step) => Other::BitmapDone(step.run()?),
             Other::Backup(planned) => {
                 let with = (&self.events, self.txn);
-                Other::BackupBegun(planned.happen(graph, self.jobs, with, &mut self.targets)?)
+                Other::BackupBegun(planned.happen(graph, self.jobs, with)?)
             }
             Other::Fails(e) => return Err(e),
             done => done,
@@ -246,13 +244,13 @@ impl Plan {
         self.others.iter().any(|o| matches!(o, Other::Backup(b) if Arc::ptr_eq(b.source(), node)))
     }
 
-    /// As [`Vm::check_idle`](crate::control::vm::Vm::check_idle), with what is to begin.
-    fn check_idle(&self, cx: &Cx, node: &Arc<Node>) -> Result<()> {
+    /// As [`Vm::check_alone`](crate::control::vm::Vm::check_alone), with what is to begin.
+    fn check_alone(&self, cx: &Cx, node: &Arc<Node>) -> Result<()> {
         if self.copies(node) {
             let (name, kind) = (cx.vm.disk_name(node), Kind::Backup.as_str());
             bail!("Node '{name}' is busy: block device is in use by block job: {kind}");
         }
-        cx.vm.check_idle(node)
+        cx.vm.check_alone(node)
     }
 
     /// It cannot be. What happens with bitmaps before that may be what is wrong with it; nothing else
@@ -273,10 +271,7 @@ impl Plan {
 
     /// Fails when `node` is some other image's backing file, or will be.
     fn check_free(&self, graph: &Graph, node: &Arc<Node>) -> Result<()> {
-        let of = graph.parents(node).into_iter().find_map(|parent| match parent {
-            Parent::Node(above, edge) if edge.role == "backing" => Some(above.name.clone()),
-            _ => None,
-        });
+        let of = graph.image_above(node).map(|above| above.name.clone());
         match of.or_else(|| self.over(node).map(|o| o.name.clone())) {
             Some(of) => bail!("Node '{}' is busy: node is used as backing hd of '{of}'", node.name),
             None => Ok(()),
@@ -293,7 +288,7 @@ pub(super) fn run(cx: &mut Cx, prepare: impl FnOnce(&mut Cx, &mut Plan) -> Resul
     let vm = &mut *cx.vm;
     let txn = plan.grouped.then(|| vm.jobs.new_txn());
     let (list, events) = (&mut plan.others, vm.events.clone());
-    let mut others = Others { list, targets: Vec::new(), jobs: &mut vm.jobs, events, txn };
+    let mut others = Others { list, jobs: &mut vm.jobs, events, txn };
     let done = vm.graph.snapshot(&plan.acts, &mut others);
     plan.opened.iter().for_each(|n| cx.vm.graph.disown(n));
     drop(plan);
@@ -323,7 +318,7 @@ pub(super) fn planned(cx: &Cx, plan: &Plan, device: Option<&str>, node: Option<&
 /// As a part of a transaction.
 pub(super) fn plan_overlay(cx: &mut Cx, plan: &mut Plan, args: BlockdevSnapshot) -> Result<()> {
     let node = planned(cx, plan, Some(&args.node), Some(&args.node))?;
-    plan.check_idle(cx, &node)?;
+    plan.check_alone(cx, &node)?;
     plan.check_free(&cx.vm.graph, &node)?;
     let over = find_node(cx, Some(&args.overlay), Some(&args.overlay))?;
     if plan.overlays().any(|o| Arc::ptr_eq(&o.over, &over)) || Arc::ptr_eq(&over, &node) {
@@ -337,7 +332,7 @@ pub(super) fn plan_overlay(cx: &mut Cx, plan: &mut Plan, args: BlockdevSnapshot)
 /// As a part of a transaction.
 pub(super) fn plan_sync(cx: &mut Cx, plan: &mut Plan, args: BlockdevSnapshotSync) -> Result<()> {
     let node = planned(cx, plan, args.device.as_deref(), args.node_name.as_deref())?;
-    plan.check_idle(cx, &node)?;
+    plan.check_alone(cx, &node)?;
     plan.check_free(&cx.vm.graph, &node)?;
     if args.node_name.is_some() && args.name.is_none() {
         bail!("New overlay node-name missing");

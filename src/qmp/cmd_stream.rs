@@ -89,11 +89,16 @@ fn block_stream(cx: &mut Cx, args: BlockStream) -> Result<()> {
     // With the image itself as the lowest that is copied there is nothing to copy.
     let nothing = bottom.is_some_and(|b| Arc::ptr_eq(&b, &top));
     let from = if nothing { Vec::new() } else { from };
-    let mut nodes = vec![&top];
-    if !Arc::ptr_eq(&root, &top) {
-        nodes.push(&root);
+    // Filters, too; with nothing to copy only the image.
+    let last = from.last().unwrap_or(&top).clone();
+    let mut nodes = Vec::new();
+    for node in layers::nodes(&root) {
+        let is_last = Arc::ptr_eq(&node, &last);
+        nodes.push(node);
+        if is_last {
+            break;
+        }
     }
-    nodes.extend(&from);
     for node in &nodes {
         cx.vm.check_idle(node)?;
     }
@@ -102,6 +107,8 @@ fn block_stream(cx: &mut Cx, args: BlockStream) -> Result<()> {
     }
     let spec = job_options::spec(cx, Kind::Stream, &args.common.0, &root);
     let events = cx.vm.events.clone();
+    let nodes: Vec<_> = nodes.iter().collect();
+    let id = spec.id.clone();
     let graph = &mut cx.vm.graph;
     let build = || {
         let filter = match args.filter.as_deref() {
@@ -114,6 +121,7 @@ fn block_stream(cx: &mut Cx, args: BlockStream) -> Result<()> {
             backing_file: args.backing_file,
             on_error: args.on_error.unwrap_or_default().into(),
             filter,
+            id,
             name_of: file_name,
         };
         Ok(Box::new(Stream::new(graph, plan)?) as _)

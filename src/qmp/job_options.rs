@@ -162,6 +162,5 @@ pub(super) fn need_backing(top: &Arc<Node>, name: &str) -> Result<Arc<Node>> {
 
 /// True when `node` is `top` or below it in the chain.
 pub(super) fn in_chain(top: &Arc<Node>, node: &Arc<Node>) -> bool {
-    let step = |n: &Arc<Node>| n.filtered().or_else(|| n.backing());
-    std::iter::successors(Some(top.clone()), step).any(|n| Arc::ptr_eq(&n, node))
+    layers::nodes(top).any(|n| Arc::ptr_eq(&n, node))
 }
