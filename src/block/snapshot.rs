@@ -7,7 +7,7 @@
 //! Owns: that moment. Never: files, names. Threads: control. Locks: none.
 
 use super::driver::Snapshot;
-use super::edit::{Changed, Quiesced, is_above};
+use super::edit::{Changed, is_above};
 use super::graph::Graph;
 use super::node::{Edge, Node};
 use crate::bail;
@@ -111,7 +111,7 @@ impl Graph {
         let mut failed = None;
         for (n, act) in acts.iter().enumerate() {
             let done = match act {
-                Act::Overlay(o) => self.put_over(&quiesced, o).map(|edit| edits.push(edit)),
+                Act::Overlay(o) => self.put_over(o).map(|edit| edits.push(edit)),
                 Act::Inside(one) => one.take(),
                 Act::Other(n) => moment.happen(self, *n),
             };
@@ -145,8 +145,10 @@ impl Graph {
         Ok(())
     }
 
-    fn put_over(&mut self, quiesced: &Quiesced, o: &Overlay) -> Result<Changed> {
-        self.change(quiesced, |edit| {
+    fn put_over(&mut self, o: &Overlay) -> Result<Changed> {
+        // Everybody waits but what has come at this same moment.
+        let quiesced = self.quiesce(&[&o.node], &[]);
+        self.change(&quiesced, |edit| {
             let edge = backing_edge(&o.over)?;
             edit.replace(&o.node, &o.over, Some(&o.over))?;
             edit.set(&edge, Some(o.node.clone()))

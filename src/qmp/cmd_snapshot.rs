@@ -244,9 +244,11 @@ impl Plan {
         self.others.iter().any(|o| matches!(o, Other::Backup(b) if Arc::ptr_eq(b.source(), node)))
     }
 
-    /// As [`Vm::check_alone`](crate::control::vm::Vm::check_alone), with what is to begin.
-    fn check_alone(&self, cx: &Cx, node: &Arc<Node>) -> Result<()> {
-        if self.copies(node) {
+    /// As [`Vm::check_alone`](crate::control::vm::Vm::check_alone), with what is to begin: a backup's
+    /// filter will be what `drive`, if it is one, is on then; the node below stays free.
+    fn check_alone(&self, cx: &Cx, node: &Arc<Node>, drive: Option<&str>) -> Result<()> {
+        let by_drive = drive.is_some_and(|d| cx.vm.drives.find(d).is_some());
+        if by_drive && self.copies(node) {
             let (name, kind) = (cx.vm.disk_name(node), Kind::Backup.as_str());
             bail!("Node '{name}' is busy: block device is in use by block job: {kind}");
         }
@@ -318,7 +320,7 @@ pub(super) fn planned(cx: &Cx, plan: &Plan, device: Option<&str>, node: Option<&
 /// As a part of a transaction.
 pub(super) fn plan_overlay(cx: &mut Cx, plan: &mut Plan, args: BlockdevSnapshot) -> Result<()> {
     let node = planned(cx, plan, Some(&args.node), Some(&args.node))?;
-    plan.check_alone(cx, &node)?;
+    plan.check_alone(cx, &node, Some(&args.node))?;
     plan.check_free(&cx.vm.graph, &node)?;
     let over = find_node(cx, Some(&args.overlay), Some(&args.overlay))?;
     if plan.overlays().any(|o| Arc::ptr_eq(&o.over, &over)) || Arc::ptr_eq(&over, &node) {
@@ -332,7 +334,7 @@ pub(super) fn plan_overlay(cx: &mut Cx, plan: &mut Plan, args: BlockdevSnapshot)
 /// As a part of a transaction.
 pub(super) fn plan_sync(cx: &mut Cx, plan: &mut Plan, args: BlockdevSnapshotSync) -> Result<()> {
     let node = planned(cx, plan, args.device.as_deref(), args.node_name.as_deref())?;
-    plan.check_alone(cx, &node)?;
+    plan.check_alone(cx, &node, args.device.as_deref())?;
     plan.check_free(&cx.vm.graph, &node)?;
     if args.node_name.is_some() && args.name.is_none() {
         bail!("New overlay node-name missing");
