@@ -6,7 +6,7 @@
 //! (`chrt -f 10 just bench start fleet qmp`): else they measure the others.
 //!
 //! `only=TEXT` of nbd: the rows of images whose names have the text (`raw`, `direct`); of jobs: of `cached`, `direct`, `sparse`,
-//! `guest`, which are pages. `size=MIB` (2048) of jobs: of their images.
+//! `guest`, `speed`, which are pages. `size=MIB` (2048) of jobs: of their images.
 //!
 //!     cargo bench --bench bench -- [start|memory|fleet|qmp|disk|qcow2|jobs|nbd|throttle] … [rounds=N] [only=TEXT] [size=MIB]
 
@@ -14,6 +14,7 @@ mod disk;
 mod fleet;
 mod jobs;
 mod jobs_guest;
+mod jobs_speed;
 mod memory;
 mod nbd;
 mod qcow2;

@@ -68,23 +68,23 @@ impl Daemon {
         daemon
     }
 
-    fn read(&mut self) -> Value {
+    pub fn read(&mut self) -> Value {
         let mut line = String::new();
         self.lines.read_line(&mut line).expect("read");
         serde_json::from_str(&line).expect("JSON")
     }
 
-    fn send(&mut self, command: &Value) {
+    pub fn send(&mut self, command: &Value) {
         writeln!(self.out, "{command}").expect("write");
     }
 
-    pub fn run(&mut self, command: &Value) {
+    pub fn run(&mut self, command: &Value) -> Value {
         self.send(command);
         loop {
-            let answer = self.read();
+            let mut answer = self.read();
             assert!(answer.get("error").is_none(), "{command}: {answer}");
             if answer.get("return").is_some() {
-                return;
+                return answer["return"].take();
             }
         }
     }
@@ -296,5 +296,8 @@ pub fn run(b: &Bench) {
     }
     if b.wants("guest") {
         crate::jobs_guest::run(b);
+    }
+    if b.wants("speed") {
+        crate::jobs_speed::run(b);
     }
 }
