@@ -9,6 +9,9 @@
 //! CPU is the daemon's process clock, threads that have ended included. The line "a plain copy" is what the machine needs
 //! for as many bytes with one thread, 1 MiB at a time, from file to file: no job that copies all of it through its own
 //! memory can need less CPU by much.
+//!
+//! In a guest whose host takes free memory back, a page that lay free for seconds costs up to ten times as much to write
+//! as one that was freed just now, in CPU, too, and whoever comes first pays: there only medians of several runs count.
 
 use crate::util::{Bench, judge, median};
 use serde_json::{Value, json};
