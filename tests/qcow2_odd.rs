@@ -442,6 +442,28 @@ fn a_used_cluster_without_a_refcount_block_is_not_handed_out() {
     is_not_handed_out(&disk, 512);
 }
 
+/// All of it in memory would be more than there is.
+#[test]
+fn l1_tables_of_snapshots_in_holes_cost_nothing() {
+    let file = Sparse::image(&CreateOptions { size: 1 << 20, ..CreateOptions::default() });
+    let (count, len) = (8, 32 << 20);
+    let entries = (1..=count).flat_map(|i: u64| {
+        let mut entry = [0; 40];
+        entry[..8].copy_from_slice(&(i * len).to_be_bytes());
+        entry[8..12].copy_from_slice(&(len as u32 / 8).to_be_bytes());
+        entry
+    });
+    file.put(1 << 20, &entries.collect::<Vec<u8>>());
+    file.put(60, &(count as u32).to_be_bytes());
+    file.put(64, &(1u64 << 20).to_be_bytes());
+    file.node().resize((count + 1) * len).unwrap();
+    let image = file.open(Options::default()).unwrap();
+    write(&image, 0, &[1; 512]).unwrap();
+    let bytes = file.read.load(Ordering::SeqCst);
+    assert!(bytes < 16 << 20, "{bytes} bytes were read");
+    let _ = image.close();
+}
+
 #[test]
 fn holes_of_a_sound_image_are_used() {
     for (cluster_size, extended_l2) in [(65536, false), (512, false), (16384, true)] {

@@ -13,7 +13,8 @@ use super::types::{OFFSET_MASK, be64};
 use crate::block::node::Node;
 use std::io;
 
-/// The most bytes of L2 tables that a guest waits for: 128 GiB of data in clusters of 64 KiB.
+/// The most bytes of L2 tables that a guest waits for: 128 GiB of data in clusters of 64 KiB. As many of
+/// snapshots' L1 tables: a small file may claim to have 64 GiB and more of those.
 const MOST: usize = 16 << 20;
 
 impl Meta {
@@ -29,12 +30,15 @@ impl Meta {
         let geo = self.geo;
         let (size, page) = (geo.cluster_size() as usize, geo.page_size() as usize);
         let mut tables = self.l1.entries.clone();
-        for (offset, len) in self.snapshot_tables(file)? {
-            if offset != self.header.snapshots_offset {
-                let mut l1 = vec![0; len as usize];
-                read_padded(file, offset, &mut l1)?;
-                tables.extend(l1.chunks_exact(8).map(|e| be64(e, 0)));
-            }
+        let mut snapshots = self.snapshot_tables(file)?;
+        snapshots.retain(|(offset, _)| *offset != self.header.snapshots_offset);
+        if snapshots.iter().map(|(_, len)| len).sum::<u64>() > MOST as u64 {
+            return Ok(());
+        }
+        for (offset, len) in snapshots {
+            let mut l1 = vec![0; len as usize];
+            read_padded(file, offset, &mut l1)?;
+            tables.extend(l1.chunks_exact(8).map(|e| be64(e, 0)));
         }
         tables.iter_mut().for_each(|t| *t &= OFFSET_MASK);
         // What cannot be is found when it is used, as is what cannot be read.
