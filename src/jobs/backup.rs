@@ -10,6 +10,7 @@
 
 use super::crew::{Crew, PIECE, Step, Todo};
 use super::job::{After, JobCtx, Stop, Work, attach_source};
+use super::layers;
 use crate::bail;
 use crate::block::bitmap::Bitmap;
 use crate::block::copy_before_write::{self as cbw, Copied, Copies, CopyError, CopyOptions};
@@ -88,6 +89,8 @@ pub struct Backup {
     /// On the filter: for tickets.
     handle: Arc<Handle>,
     crew: Crew,
+    /// The disk's uppermost image at the moment of which the copy is.
+    top: Arc<Node>,
     bitmap: Option<Synced>,
     policies: (OnError, OnError),
     /// How much there is to copy, in bytes.
@@ -157,7 +160,19 @@ impl Backup {
         match handle {
             Ok(handle) => {
                 let crew = Crew::new(graph, &filter);
-                Ok(Backup { sync: spec.sync, copies, filter, handle, crew, bitmap, policies, total, bug })
+                let top = source.clone().skip_filters();
+                Ok(Backup {
+                    sync: spec.sync,
+                    copies,
+                    filter,
+                    handle,
+                    crew,
+                    top,
+                    bitmap,
+                    policies,
+                    total,
+                    bug,
+                })
             }
             Err(e) => {
                 if let Some(s) = bitmap {
@@ -188,14 +203,17 @@ impl Backup {
 
     /// Only what is in the uppermost image: the rest need not be copied.
     fn leave_out_lower(&mut self, cx: &JobCtx) -> Result<(), Stop> {
-        let mut at = 0;
+        let (mut at, top) = (0, self.top.clone());
         while at < self.copies.len() {
             cx.pause_point()?;
             let step = self.attempt(cx, |copies| {
                 let (source, _) = copies.nodes().map_err(CopyError::Source)?;
-                let source = source.skip_filters();
                 let left = copies.len() - at;
-                let found = source.status(at, left).map_err(CopyError::Source)?;
+                // An overlay may have come since, in which nothing is yet; the image may have gone since.
+                if !layers::nodes(&source).any(|n| Arc::ptr_eq(&n, &top)) {
+                    return Ok(left);
+                }
+                let found = top.status(at, left).map_err(CopyError::Source)?;
                 if found.kind == ExtentKind::Unallocated {
                     // only clusters that lie in it as a whole
                     let first = at.next_multiple_of(copies.cluster());

@@ -209,3 +209,24 @@ fn backup_and_snapshot(order: &str, job: u32) {
     assert_eq!(q.ok("human-monitor-command", json!({"command-line": line})), "");
     io(&mut q, "read -q -P 2 0 1M");
 }
+
+/// QEMU looks into the overlay, and copies nothing.
+#[test]
+fn a_backup_of_the_uppermost_image_is_of_the_one_before_the_overlay() {
+    let dir = Scratch::new("txn-top");
+    let mut q = disk(&dir);
+    let copy = dir.file("t.raw", 1 << 20);
+    let args = json!({"id": "copy", "if": "none", "file": copy, "format": "raw", "node-name": "t"});
+    q.vm.add_drive(args.as_object().unwrap().clone()).unwrap();
+    let backup = json!({"device": "n", "job-id": "j", "target": "t", "sync": "top", "auto-dismiss": false});
+    let actions = json!([{"type": "blockdev-backup", "data": backup}, action(&dir, 1, 'N')]);
+    q.ok("transaction", json!({"actions": actions}));
+    while q.ok("query-jobs", json!({}))[0]["status"] != "concluded" {
+        q.vm.take_events();
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    assert_eq!(q.ok("query-jobs", json!({}))[0].get("error"), None);
+    let bytes = std::fs::read(&copy).unwrap();
+    assert!(bytes[..65536].iter().all(|b| *b == 1), "nothing was copied");
+    assert!(bytes[65536..].iter().all(|b| *b == 0));
+}
