@@ -318,12 +318,12 @@ impl Driver for Blkdebug {
         Ok(extent)
     }
 
-    /// As in QEMU, not even how much space it takes.
     /// Its rules stay.
     fn reopen<'a>(&'a self, _: &Reopening) -> Option<Result<Ready<'a>>> {
         Some(Ok(Box::new(|| {})))
     }
 
+    /// As in QEMU, not even how much space it takes.
     fn info(&self) -> ImageInfo {
         ImageInfo::default()
     }
