@@ -159,7 +159,8 @@ fn a_paused_mirror_does_no_io() {
             desk.until_status(key, Status::Ready);
         }
         desk.jobs.pause(key).unwrap();
-        desk.until_status(key, status);
+        // On a busy machine it may be ready the first time, too.
+        desk.until_any(key, &[status, Status::Standby]);
         let before = count.load(SeqCst);
         put(&guest, 0, 1, 1 << 20);
         std::thread::sleep(Duration::from_millis(250));

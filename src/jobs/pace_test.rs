@@ -119,8 +119,11 @@ impl Bed {
     }
 
     fn new(what: What, speed: u64) -> Bed {
+        Bed::with(what, speed, Arc::default())
+    }
+
+    fn with(what: What, speed: u64, count: Arc<Count>) -> Bed {
         let mut desk = Desk::new();
-        let count = Arc::new(Count::default());
         let base = Bed::image(&mut desk, "base", None, &count);
         fill(&mut desk, &base, 1);
         let mid = Bed::image(&mut desk, "mid", Some(&base), &count);
@@ -208,13 +211,13 @@ fn work(graph: &mut Graph, what: What, [base, mid, top, target]: [Arc<Node>; 4])
 #[test]
 fn a_paused_job_makes_no_request() {
     for what in ALL {
-        let mut bed = Bed::new(what, 16 * MIB);
+        let mut bed = Bed::new(what, 4 * MIB);
         bed.until("something is done", |b| b.count.now() > 0);
         bed.desk.jobs.pause(bed.key).unwrap();
         bed.desk.until_status(bed.key, Status::Paused);
         let before = bed.count.now();
-        // Three pieces would be due.
-        std::thread::sleep(Duration::from_millis(200));
+        // Two pieces would be due.
+        std::thread::sleep(Duration::from_millis(500));
         bed.desk.turn();
         assert_eq!(bed.count.now(), before, "{what:?}");
         let progress = bed.desk.jobs.query()[0].now.progress;
@@ -259,15 +262,11 @@ fn a_job_that_waits_for_its_speed_ends_without_another_request() {
 #[test]
 fn a_cancelled_job_finishes_the_pieces_in_hand_and_begins_none() {
     for what in ALL {
-        let mut bed = Bed::new(what, 0);
-        bed.count.close();
-        bed.until("a request", |b| b.count.waiting.load(SeqCst) > 0 || b.desk.jobs.is_empty());
-        if bed.desk.jobs.is_empty() || bed.desk.jobs.query()[0].ready {
-            // It was too fast; or there is nothing to cancel any more.
-            bed.count.open();
-            bed.desk.jobs.cancel_all(&mut bed.desk.graph);
-            continue;
-        }
+        let count = Arc::new(Count::default());
+        // From its first request on, however late this thread comes to look.
+        count.close();
+        let mut bed = Bed::with(what, 0, count);
+        bed.until("a request", |b| b.count.waiting.load(SeqCst) > 0);
         bed.cancel();
         let written = bed.count.written.load(SeqCst);
         bed.count.open();

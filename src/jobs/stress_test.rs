@@ -588,3 +588,71 @@ pub(super) fn short(job: u32) {
         assert!(look() == before, "job {job} has changed what the guest sees");
     }
 }
+
+/// What a guest zeroes hides what is behind it, also when the disk has become another image, whose backing
+/// file was not there before.
+#[test]
+fn zeroes_on_a_mirror_whose_backing_file_comes_later_hide_it() {
+    for (none, active, late) in (0..8).map(|n| (n & 1 > 0, n & 2 > 0, n & 4 > 0)) {
+        let mut desk = Desk::new(&format!("jobs-bare-{none}-{active}-{late}"), seed());
+        let disk = desk.short_chain();
+        // Data everywhere, and an overlay.
+        disk.write(0, &Iov::from_slice(&vec![0x55; SIZE as usize]), Flags::NONE).unwrap();
+        desk.snapshot(&disk);
+        let top = disk.node().unwrap();
+        let below = if none { top.clone() } else { top.backing().unwrap() };
+        let hide = || {
+            disk.zero(1 << 20, 256 << 10, Flags::MAY_UNMAP).unwrap();
+            disk.zero(2 << 20, 1536, Flags::NONE).unwrap();
+        };
+        let sync = match none {
+            true => mirror::Sync::None,
+            false => mirror::Sync::Top(vec![top.clone()]),
+        };
+        if !late {
+            hide();
+        }
+        let target = desk.image(SIZE, Some(&below));
+        let plan = mirror::Plan {
+            source: top.clone(),
+            target: target.clone(),
+            sync,
+            commit: false,
+            active,
+            backing: Some(below),
+            granularity: 65536,
+            buf_size: 1 << 20,
+            unmap: true,
+            replaces: None,
+            on_source_error: OnError::Report,
+            on_target_error: OnError::Report,
+            filter: None,
+        };
+        let work = Box::new(Mirror::new(&mut desk.graph, plan).unwrap());
+        desk.graph.disown(&target);
+        let key = desk
+            .jobs
+            .create(Spec::new("job", Kind::Mirror), &desk.events.clone(), &[&top, &target], || Ok(work))
+            .unwrap();
+        desk.jobs.start(&mut desk.graph, key);
+        let start = Instant::now();
+        while !desk.jobs.is_empty() {
+            desk.turn();
+            if desk.jobs.query().first().is_some_and(|j| j.status == Status::Ready) {
+                if late {
+                    hide();
+                }
+                desk.jobs.complete(key).unwrap();
+            }
+            assert!(start.elapsed() < Duration::from_secs(60));
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert!(Arc::ptr_eq(&disk.node().unwrap(), &target));
+        let mut whole = vec![0xee; SIZE as usize];
+        disk.read(0, &mut IovMut::from_slice(&mut whole)).unwrap();
+        let is = |at: usize, n: usize, v: u8| whole[at..at + n].iter().all(|b| *b == v);
+        assert!(is(1 << 20, 256 << 10, 0), "none {none} active {active} late {late}");
+        assert!(is(2 << 20, 1536, 0), "none {none} active {active} late {late}");
+        assert!(is((2 << 20) + 1536, 4096, 0x55), "none {none} active {active} late {late}");
+    }
+}

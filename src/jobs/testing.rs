@@ -87,14 +87,19 @@ impl Desk {
 
     /// Turns until the job is in that state.
     pub fn until_status(&mut self, key: JobKey, status: Status) {
+        self.until_any(key, &[status]);
+    }
+
+    /// Turns until the job is in one of these states.
+    pub fn until_any(&mut self, key: JobKey, states: &[Status]) {
         let start = Instant::now();
         loop {
             self.turn();
             let at = self.jobs.at(key.0);
-            if at.is_some_and(|at| self.jobs.list[at].status == status) {
+            if at.is_some_and(|at| states.contains(&self.jobs.list[at].status)) {
                 return;
             }
-            assert!(start.elapsed() < Duration::from_secs(60), "not {status:?}: {:?}", self.jobs.query());
+            assert!(start.elapsed() < Duration::from_secs(60), "not {states:?}: {:?}", self.jobs.query());
             std::thread::sleep(Duration::from_millis(1));
         }
     }

@@ -62,7 +62,7 @@ impl Qcow2 {
         };
         let edges = [head, tail];
         let needs_data = |r: &Range<u64>| -> io::Result<bool> {
-            Ok(!r.is_empty() && !self.reads_zero(r.start, r.end - r.start)?)
+            Ok(!r.is_empty() && !self.stays_zero(r.start, r.end - r.start)?)
         };
         if flags.contains(Flags::NO_FALLBACK) && (needs_data(&edges[0])? || needs_data(&edges[1])?) {
             return Err(not_supported());
@@ -77,6 +77,23 @@ impl Qcow2 {
             self.erase(first, last - first, how)?;
         }
         Ok(())
+    }
+
+    /// Up to where zeroes have something to hide, in bytes: the backing file, or one that is not there yet.
+    /// A mirror's target is open without its own until the guest is switched over.
+    fn hides(&self, meta: &Meta) -> u64 {
+        match self.backing.node() {
+            Some(backing) => backing.len(),
+            None if meta.header.backing_file.is_some() => u64::MAX,
+            None => 0,
+        }
+    }
+
+    /// True when `len` bytes at `off` are known to read as zeroes (false: perhaps), with whatever backing
+    /// file there will be.
+    fn stays_zero(&self, off: u64, len: u64) -> io::Result<bool> {
+        let hides = self.hides(&self.lock());
+        self.reads_zero(off, len, hides)
     }
 
     /// True when the external data file is the disk by itself: tables do not count.
@@ -166,7 +183,7 @@ impl Qcow2 {
     fn erase_page(&self, mut meta: MutexGuard<'_, Meta>, off: u64, end: u64, how: Erase) -> io::Result<u64> {
         let backing = match how {
             Erase::Cut => 0,
-            _ => self.backing.node().map_or(0, |n| n.len()),
+            _ => self.hides(&meta),
         };
         let result = self.file().and_then(|f| meta.erase_page(&f, off, end, how, backing));
         // In an external data file nothing is allocated elsewhere meanwhile, only there again: who

@@ -375,7 +375,8 @@ impl Qcow2 {
         if self.has_bug(Mutant::NoCopy) {
             return Ok(Around::Zeroes(len));
         }
-        if inside == 0 || self.reads_zero(range.start, inside)? {
+        let backing = self.backing.node().map_or(0, |n| n.len());
+        if inside == 0 || self.reads_zero(range.start, inside, backing)? {
             // A hole reads as zeroes, but is no sector of encrypted zeroes.
             let nothing = plan.fresh && self.crypt.is_none();
             return Ok(if nothing { Around::Nothing } else { Around::Zeroes(len) });
@@ -392,10 +393,10 @@ impl Qcow2 {
         Ok(Around::Copy(buf))
     }
 
-    /// True when `len` bytes at `off` are known to read as zeroes (false: perhaps).
-    pub(super) fn reads_zero(&self, off: u64, len: u64) -> io::Result<bool> {
+    /// True when `len` bytes at `off` are known to read as zeroes (false: perhaps), with a backing file of
+    /// `backing` bytes.
+    pub(super) fn reads_zero(&self, off: u64, len: u64, backing: u64) -> io::Result<bool> {
         let mut pos = 0;
-        let backing = self.backing.node().map_or(0, |n| n.len());
         while pos < len {
             let mut meta = self.lock();
             let (map, n) = loop {

@@ -79,13 +79,13 @@ impl Qcow2 {
         let mut pos = if self.has_bug(Mutant::StaleGrowth) { len } else { old };
         while pos < len {
             let step = (len - pos).min(1 << 30);
-            if pos >= backing && self.reads_zero(pos, step)? {
+            if pos >= backing && self.reads_zero(pos, step, backing)? {
                 pos += step;
                 continue;
             }
             match self.zero_at(pos, step, Flags::MAY_UNMAP) {
                 Err(e) if e.raw_os_error() == Some(libc::ENOTSUP) => {
-                    if !self.reads_zero(pos, step)? {
+                    if !self.reads_zero(pos, step, backing)? {
                         self.write_zeroes_at(pos..pos + step)?;
                     }
                 }
