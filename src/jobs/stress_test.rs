@@ -31,6 +31,9 @@ use std::time::{Duration, Instant};
 const SIZE: u64 = 3 << 20;
 const GUESTS: u64 = 3;
 const SLOT: u64 = 1536;
+/// At the end of the disk each guest has a field for itself, of whole clusters.
+const FIELD: u64 = 128 << 10;
+const SLOTS: u64 = (SIZE - GUESTS * FIELD) / SLOT;
 
 fn seed() -> u64 {
     std::env::var("SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(0x05ee_d0b5)
@@ -334,11 +337,15 @@ struct Guest {
     id: u64,
     rng: Rng,
     model: Vec<u8>,
+    field: u8,
 }
 
 impl Guest {
     fn step(&mut self, disk: &Handle) {
-        let slot = self.rng.below(SIZE / SLOT / GUESTS) * GUESTS + self.id;
+        if self.rng.below(100) == 0 {
+            self.step_field(disk);
+        }
+        let slot = self.rng.below(SLOTS / GUESTS) * GUESTS + self.id;
         let off = slot * SLOT;
         if self.rng.below(2) == 0 {
             let value = (self.rng.below(6) * 40) as u8;
@@ -355,6 +362,30 @@ impl Guest {
             disk.flush().unwrap();
         }
         self.verify(disk, slot);
+    }
+
+    /// The same with all of its field.
+    fn step_field(&mut self, disk: &Handle) {
+        let off = SIZE - (self.id + 1) * FIELD;
+        match self.rng.below(4) {
+            0 => {
+                self.field = 200;
+                disk.write(off, &Iov::from_slice(&[200; FIELD as usize]), Flags::NONE).unwrap();
+            }
+            1 => {
+                self.field = 0;
+                disk.zero(off, FIELD, Flags::MAY_UNMAP).unwrap();
+            }
+            _ => {}
+        }
+        self.verify_field(disk);
+    }
+
+    fn verify_field(&self, disk: &Handle) {
+        let mut back = vec![0xee; FIELD as usize];
+        disk.read(SIZE - (self.id + 1) * FIELD, &mut IovMut::from_slice(&mut back)).unwrap();
+        let bad = back.iter().position(|b| *b != self.field);
+        assert_eq!(bad, None, "field of guest {}, which is {}", self.id, self.field);
     }
 
     fn verify(&self, disk: &Handle, slot: u64) {
@@ -403,7 +434,7 @@ pub(super) fn stress(seed: u64, time: Duration, all: bool) -> std::collections::
             .map(|id| {
                 let (disk, stop, requests, model) = (disk.clone(), &stop, &requests, first.clone());
                 s.spawn(move || {
-                    let mut guest = Guest { id, rng: Rng(seed ^ (id + 1) << 40), model };
+                    let mut guest = Guest { id, rng: Rng(seed ^ (id + 1) << 40), model, field: 0 };
                     while !stop.load(SeqCst) {
                         guest.step(&disk);
                         requests.fetch_add(1, SeqCst);
@@ -461,7 +492,8 @@ pub(super) fn stress(seed: u64, time: Duration, all: bool) -> std::collections::
         control.unwrap();
         for guest in guests {
             let guest = guest.unwrap();
-            (guest.id..SIZE / SLOT).step_by(GUESTS as usize).for_each(|slot| guest.verify(&disk, slot));
+            (guest.id..SLOTS).step_by(GUESTS as usize).for_each(|slot| guest.verify(&disk, slot));
+            guest.verify_field(&disk);
         }
     });
     eprintln!("{} requests; {counts:?}", requests.load(SeqCst));
