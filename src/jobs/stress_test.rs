@@ -176,19 +176,10 @@ impl Desk {
 
     fn active_commit(&mut self, chain: &[Arc<Node>], base: usize) -> Box<dyn super::job::Work> {
         let plan = mirror::Plan {
-            source: chain[0].clone(),
-            target: chain[base].clone(),
             sync: mirror::Sync::Top(chain[..base].to_vec()),
             commit: true,
-            active: false,
-            backing: None,
             granularity: [4096, 65536][self.rng.below(2) as usize],
-            buf_size: 1 << 20,
-            unmap: true,
-            replaces: None,
-            on_source_error: OnError::Report,
-            on_target_error: OnError::Report,
-            filter: None,
+            ..mirror::tests::plan(&chain[0], &chain[base])
         };
         Box::new(Mirror::new(&mut self.graph, plan).unwrap())
     }
@@ -204,19 +195,11 @@ impl Desk {
         };
         let target = self.image(source.len(), backing.as_ref());
         let plan = mirror::Plan {
-            source: source.clone(),
-            target: target.clone(),
             sync,
-            commit: false,
             active: self.rng.below(2) == 0,
             backing,
             granularity: [4096, 65536][self.rng.below(2) as usize],
-            buf_size: 1 << 20,
-            unmap: true,
-            replaces: None,
-            on_source_error: OnError::Report,
-            on_target_error: OnError::Report,
-            filter: None,
+            ..mirror::tests::plan(&source, &target)
         };
         let work = Box::new(Mirror::new(&mut self.graph, plan).unwrap());
         self.graph.disown(&target);
@@ -649,21 +632,8 @@ fn zeroes_on_a_mirror_whose_backing_file_comes_later_hide_it() {
             hide();
         }
         let target = desk.image(SIZE, Some(&below));
-        let plan = mirror::Plan {
-            source: top.clone(),
-            target: target.clone(),
-            sync,
-            commit: false,
-            active,
-            backing: Some(below),
-            granularity: 65536,
-            buf_size: 1 << 20,
-            unmap: true,
-            replaces: None,
-            on_source_error: OnError::Report,
-            on_target_error: OnError::Report,
-            filter: None,
-        };
+        let backing = Some(below);
+        let plan = mirror::Plan { sync, active, backing, ..mirror::tests::plan(&top, &target) };
         let work = Box::new(Mirror::new(&mut desk.graph, plan).unwrap());
         desk.graph.disown(&target);
         let key = desk
