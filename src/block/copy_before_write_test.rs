@@ -3,7 +3,9 @@ use crate::block::driver::Extent;
 use crate::block::graph::Graph;
 use crate::block::handle::{Handle, HandleSpec};
 use crate::block::testing::{Mem, MemState, Rng};
-use std::sync::atomic::AtomicUsize;
+use crate::sys::iov::IovMut;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicUsize};
 
 const CLUSTER: u64 = 4096;
 const LEN: usize = 64 * 4096 + 1024;
@@ -32,7 +34,11 @@ fn setup(fill: &[u8]) -> Setup {
     Setup { graph, disk, target, source_state, target_state, guest }
 }
 
-const OPTIONS: CopyOptions = CopyOptions { cluster: CLUSTER, compress: false, break_snapshot: false };
+const OPTIONS: CopyOptions =
+    CopyOptions { cluster: CLUSTER, parts: false, compress: false, break_snapshot: false };
+
+/// A guest's write has no more copied than it must.
+const PARTS: CopyOptions = CopyOptions { cluster: 4 * CLUSTER, parts: true, ..OPTIONS };
 
 fn job_handle(graph: &mut Graph, filter: &Arc<Node>) -> Arc<Handle> {
     let spec = HandleSpec { uses: Perm::CONSISTENT_READ, shares: Perm::ALL, ..HandleSpec::default() };
@@ -47,6 +53,9 @@ fn the_target_gets_the_disk_as_it_was_under_writing_guests() {
     for round in 0..30 {
         let fill: Vec<u8> = (0..LEN).map(|i| if (i >> 13) & 1 == 0 { rng.draw() as u8 } else { 0 }).collect();
         let mut s = setup(&fill);
+        for state in [&s.source_state, &s.target_state] {
+            state.sparse.store(round % 4 < 2, Ordering::SeqCst);
+        }
         let stop = Arc::new(AtomicBool::new(false));
         let writes = Arc::new(AtomicUsize::new(0));
         let guests: Vec<_> = (0..3)
@@ -71,7 +80,8 @@ fn the_target_gets_the_disk_as_it_was_under_writing_guests() {
         while writes.load(Ordering::Relaxed) < 10 {
             std::thread::yield_now();
         }
-        let (filter, copies) = filter(("cbw", NodeOptions::default()), &s.disk, &s.target, OPTIONS).unwrap();
+        let options = if round % 2 == 0 { PARTS } else { OPTIONS };
+        let (filter, copies) = filter(("cbw", NodeOptions::default()), &s.disk, &s.target, options).unwrap();
         s.graph.add(filter.clone()).unwrap();
         let quiesced = s.graph.quiesce(&[&s.disk], &[]);
         // nobody writes now: this is the disk that the copy is to be
@@ -152,6 +162,99 @@ fn only_what_is_to_be_copied_is() {
     assert!(target[..8192].iter().all(|&b| b == 0));
     assert!(target[8192..12288].iter().all(|&b| b == 5));
     assert!(target[12288..].iter().all(|&b| b == 0));
+}
+
+/// What the target got: all of it are zeroes before.
+fn copied(s: &Setup) -> Vec<std::ops::Range<u64>> {
+    let target = s.target_state.data.lock().unwrap();
+    let blocks: Vec<bool> = target.chunks(4096).map(|block| block.iter().all(|&b| b == 5)).collect();
+    let mut list = Vec::new();
+    let mut at = 0;
+    for run in blocks.chunk_by(|a, b| a == b) {
+        if run[0] {
+            list.push(at * 4096..(at + run.len() as u64) * 4096);
+        }
+        at += run.len() as u64;
+    }
+    list
+}
+
+#[test]
+fn a_write_has_copied_what_it_overwrites_and_the_job_the_rest() {
+    let mut s = setup(&vec![5; LEN]);
+    let (filter, copies) = filter(("cbw", NodeOptions::default()), &s.disk, &s.target, PARTS).unwrap();
+    s.graph.insert_filter(&filter, &s.disk).unwrap();
+    let write =
+        |off: u64, len: usize| s.guest.write(off, &Iov::from_slice(&vec![9; len]), Flags::NONE).unwrap();
+    let all = (LEN as u64).next_multiple_of(4 * CLUSTER);
+    write(5000, 10);
+    assert_eq!(copied(&s), [4096..8192]);
+    assert_eq!((copies.left(), copies.done.count()), (all, 0));
+    // Not again: that would be the new data.
+    write(4096, 4096);
+    // A whole cluster in the midst, and a part of the next.
+    write(15000, 20000);
+    assert_eq!(copied(&s), [4096..8192, 12288..36864]);
+    let size = 4 * CLUSTER;
+    assert_eq!((copies.left(), copies.done.count()), (all - size, size));
+    // With the last block the cluster is copied.
+    write(0, 1);
+    write(8192, 1);
+    assert_eq!((copies.left(), copies.done.count()), (all - 2 * size, 2 * size));
+    // The short block at the end, too.
+    write(LEN as u64 - 1, 1);
+    assert_eq!(copies.left(), all - 3 * size);
+    let job = job_handle(&mut s.graph, &filter);
+    while job.inside(|_| Ok(copies.copy_next(0, copies.len()).unwrap())).unwrap().is_some() {}
+    assert_eq!(copies.left(), 0);
+    assert!(s.target_state.data.lock().unwrap().iter().all(|&b| b == 5));
+    // What the job copied was no guest's.
+    assert_eq!(copies.done.count(), 3 * size);
+}
+
+#[test]
+fn whole_clusters_where_parts_will_not_do() {
+    let on_disk = |s: &mut Setup| {
+        let over = Node::new("over", Box::new(Over::on(&s.disk)), NodeOptions::default());
+        s.graph.add(over.clone()).unwrap();
+        s.graph.own(&over);
+        over
+    };
+    type Target<'a> = &'a dyn Fn(&mut Setup) -> Arc<Node>;
+    let itself: Target = &|s| s.target.clone();
+    let list: [(CopyOptions, Target, u64); 5] = [
+        (PARTS, itself, CLUSTER),
+        (CopyOptions { parts: false, ..PARTS }, itself, 4 * CLUSTER),
+        (CopyOptions { compress: true, ..PARTS }, itself, 4 * CLUSTER),
+        (PARTS, &on_disk, 4 * CLUSTER),
+        (CopyOptions { cluster: CLUSTER, ..PARTS }, itself, CLUSTER),
+    ];
+    for (n, (options, target, grain)) in list.into_iter().enumerate() {
+        let mut s = setup(&vec![5; LEN]);
+        let target = target(&mut s);
+        let (_, copies) = filter(("cbw", NodeOptions::default()), &s.disk, &target, options).unwrap();
+        assert_eq!(copies.grain(), grain, "case {n}");
+    }
+    // Of a large disk the blocks are larger, or their bits would be too many.
+    for (len, block) in [(0, 4096), (128 << 30, 4096), (256 << 30, 8192), (1 << 40, 32 << 10)] {
+        assert_eq!(crate::block::copies::block_size(len), block);
+    }
+}
+
+#[test]
+fn zeroes_are_skipped_by_whole_clusters() {
+    let mut fill = vec![0; LEN];
+    fill[..4096].fill(5);
+    let mut s = setup(&fill);
+    s.source_state.sparse.store(true, Ordering::SeqCst);
+    s.target_state.sparse.store(true, Ordering::SeqCst);
+    let options = CopyOptions { parts: false, ..PARTS };
+    let (filter, copies) = filter(("cbw", NodeOptions::default()), &s.disk, &s.target, options).unwrap();
+    s.graph.insert_filter(&filter, &s.disk).unwrap();
+    // A job may be there after an error.
+    assert_eq!(copies.skip_zeroes(8192).unwrap(), 0);
+    assert!(copies.to_copy().is_dirty(0));
+    assert!(copies.skip_zeroes(4 * CLUSTER).unwrap() > 0);
 }
 
 #[test]

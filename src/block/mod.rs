@@ -11,6 +11,7 @@ pub mod blkdebug;
 mod blkdebug_rules;
 pub mod blkverify;
 pub mod chain;
+pub mod copies;
 pub mod copy_before_write;
 pub mod debug;
 pub mod drive;

@@ -28,6 +28,10 @@ pub enum Mutant {
     CopyAfterWrite,
     /// A guest's write does not wait for a copy of its cluster that is under way.
     NoClaimWait,
+    /// A cluster of which a guest's write had a part copied counts as copied.
+    PartIsWhole,
+    /// A job copies a cluster again of which a guest's write had a part copied.
+    WholeAgain,
     /// A backup's bitmap is put aside after the moment that the backup shows.
     LateFreeze,
     /// What was written while a failed backup had the bitmap is forgotten.

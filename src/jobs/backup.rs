@@ -13,7 +13,8 @@ use super::job::{After, JobCtx, Stop, Work, attach_source};
 use super::layers;
 use crate::bail;
 use crate::block::bitmap::Bitmap;
-use crate::block::copy_before_write::{self as cbw, Copied, Copies, CopyError, CopyOptions};
+use crate::block::copies::{Copied, Copies, CopyError, CopyOptions};
+use crate::block::copy_before_write as cbw;
 use crate::block::driver::{ExtentKind, Perm};
 use crate::block::graph::Graph;
 use crate::block::handle::{Handle, OnError};
@@ -118,6 +119,8 @@ impl Backup {
         let unit = target.driver.info().cluster_size.unwrap_or(0).next_power_of_two();
         let options = CopyOptions {
             cluster: unit.max(CLUSTER),
+            // Of a target that only gets what is overwritten the rest is read from elsewhere, in the end.
+            parts: spec.sync != Sync::None,
             compress: spec.compress,
             break_snapshot: spec.break_snapshot,
         };

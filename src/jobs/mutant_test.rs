@@ -200,6 +200,16 @@ fn partial_cluster() {
 }
 
 #[test]
+fn part_is_whole() {
+    caught(Mutant::PartIsWhole, || overwritten(LEN as u64 - 65536, 4096));
+}
+
+#[test]
+fn whole_again() {
+    caught(Mutant::WholeAgain, || overwritten(LEN as u64 - 65536, 4096));
+}
+
+#[test]
 fn copy_after_write() {
     caught(Mutant::CopyAfterWrite, || overwritten(LEN as u64 - 65536, 65536));
 }
@@ -308,7 +318,14 @@ fn no_tail_and_no_zeroes() {
 /// Guests who know what they wrote, and a few seconds of random jobs for each bug.
 #[test]
 fn the_stress_test_notices() {
-    let list = [Mutant::ClearAfterRead, Mutant::NoDrain, Mutant::PartialCluster, Mutant::CopyAfterWrite];
+    let list = [
+        Mutant::ClearAfterRead,
+        Mutant::NoDrain,
+        Mutant::PartialCluster,
+        Mutant::CopyAfterWrite,
+        Mutant::PartIsWhole,
+        Mutant::WholeAgain,
+    ];
     for mutant in list {
         let begun = Instant::now();
         let seen = (1..=8).find(|seed| {
