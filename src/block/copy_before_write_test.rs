@@ -188,7 +188,7 @@ fn a_write_has_copied_what_it_overwrites_and_the_job_the_rest() {
         |off: u64, len: usize| s.guest.write(off, &Iov::from_slice(&vec![9; len]), Flags::NONE).unwrap();
     let all = (LEN as u64).next_multiple_of(4 * CLUSTER);
     write(5000, 10);
-    assert_eq!(copied(&s), [4096..8192]);
+    assert_eq!(copied(&s), vec![4096..8192]);
     assert_eq!((copies.left(), copies.done.count()), (all, 0));
     // Not again: that would be the new data.
     write(4096, 4096);
