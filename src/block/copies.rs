@@ -25,7 +25,7 @@ use crate::sys::buf::CopyBuf;
 use crate::sys::iov::{Iov, IovMut};
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 /// The most that is copied in one piece, in bytes.
@@ -64,6 +64,8 @@ pub struct Copies {
     blocks: Option<Arc<Bitmap>>,
     /// Clusters that guests' writes had copied.
     pub(super) done: Arc<Bitmap>,
+    /// How often a guest's write had something copied.
+    for_writes: AtomicU64,
     busy: Mutex<Busy>,
     freed: Condvar,
     /// Nothing lies behind the target.
@@ -151,6 +153,7 @@ impl Copies {
             to_copy,
             blocks: if parts { Some(bitmap(block)?) } else { None },
             done: bitmap(options.cluster)?,
+            for_writes: AtomicU64::new(0),
             busy: Mutex::default(),
             freed: Condvar::new(),
             alone,
@@ -192,6 +195,11 @@ impl Copies {
     /// The disk below the filter, and the target.
     pub fn nodes(&self) -> io::Result<(Arc<Node>, Arc<Node>)> {
         Ok((self.source.need()?, self.target.need()?))
+    }
+
+    /// How often a guest's write had something copied.
+    pub fn for_writes(&self) -> u64 {
+        self.for_writes.load(Ordering::Relaxed)
     }
 
     /// A failed copy of a guest's write broke the copy.
@@ -267,6 +275,7 @@ impl Copies {
     pub fn copy_for_write(&self, from: u64, end: u64) -> Copied<Option<Range<u64>>> {
         let copied = self.copy_some(from, end, self.grain())?;
         if let Some(range) = &copied {
+            self.for_writes.fetch_add(1, Ordering::Relaxed);
             let mut at = range.start;
             while let Some(clean) = self.to_copy.next_clean(at, range.end) {
                 let stop = self.to_copy.next_dirty(clean, range.end, BLOCK);

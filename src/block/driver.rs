@@ -370,6 +370,12 @@ pub trait Driver: Send + Sync {
         pass(self, |n| n.resize(len))
     }
 
+    /// Makes it `len` bytes long for a format that will fill what is new by and by. Space for that may be found
+    /// at once, if writes are the faster for it; none need be.
+    fn grow(&self, len: u64) -> io::Result<()> {
+        self.resize(len)
+    }
+
     /// The same, allocating new space in advance.
     fn resize_with(&self, len: u64, how: Preallocation) -> io::Result<()> {
         if how == Preallocation::Off {

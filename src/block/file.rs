@@ -355,6 +355,17 @@ impl Driver for File {
         }
     }
 
+    /// A write that bypasses the page cache waits for the file system to find space, and keeps all others waiting
+    /// meanwhile, unless it comes to space that is there.
+    fn grow(&self, len: u64) -> io::Result<()> {
+        let old = self.len();
+        if self.direct.load(Ordering::Relaxed) && len > old && self.fallocate(0, old, len - old).is_ok() {
+            self.len.store(len, Ordering::Relaxed);
+            return Ok(());
+        }
+        self.resize(len)
+    }
+
     fn resize_with(&self, len: u64, how: Preallocation) -> io::Result<()> {
         let old = self.len();
         if how == Preallocation::Off {

@@ -341,3 +341,39 @@ fn new_space_is_allocated_in_advance_if_asked_for() {
     assert_eq!(text(Preallocation::Full, 1 << 20), "Preallocation can't be used for shrinking files");
     assert_eq!(node.len(), 3 << 20);
 }
+
+#[test]
+fn a_format_s_file_has_space_ready_for_writes_that_would_wait_for_it() {
+    let dir = Scratch::new("file-room");
+    for direct in [false, true] {
+        let path = dir.file(if direct { "direct" } else { "cached" }, 0);
+        let mut graph = Graph::new();
+        let common = Common { direct: Some(direct), ..Common::default() };
+        let node = match open_with(&mut graph, &path, common) {
+            Ok(node) => node,
+            Err(e) if direct && e.to_string().contains("O_DIRECT") => return,
+            Err(e) => panic!("{e}"),
+        };
+        let blocks = || std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(&path).unwrap()) * 512;
+        node.grow(1 << 20).unwrap();
+        assert_eq!((node.len(), std::fs::metadata(&path).unwrap().len()), (1 << 20, 1 << 20));
+        assert_eq!(blocks() >= 1 << 20, direct, "{} bytes", blocks());
+        let mut back = vec![1; 1 << 20];
+        node.read(0, &mut IovMut::from_slice(&mut back)).unwrap();
+        assert!(back.iter().all(|&b| b == 0));
+        node.resize(4096).unwrap();
+        assert!(blocks() <= 64 << 10);
+    }
+    let Some(fs) = Tmpfs::new(dir.path("mnt")) else { return };
+    // More than there is: it is as long as it should be, and has what there was.
+    let path = format!("{}/a", fs.0);
+    std::fs::File::create(&path).unwrap();
+    let mut graph = Graph::new();
+    let Ok(node) = open_with(&mut graph, &path, Common { direct: Some(true), ..Common::default() }) else {
+        return;
+    };
+    node.grow(1 << 30).unwrap();
+    assert_eq!((node.len(), std::fs::metadata(&path).unwrap().len()), (1 << 30, 1 << 30));
+    let block = crate::sys::buf::AlignedBuf::new(4096, 4096);
+    node.write(0, &Iov::from_slice(&block), Flags::NONE).unwrap();
+}

@@ -503,13 +503,22 @@ impl Node {
 
     /// The same, allocating new space in advance.
     pub fn resize_with(&self, len: u64, how: Preallocation) -> io::Result<()> {
+        self.change_len(len, |driver| driver.resize_with(len, how))
+    }
+
+    /// Makes it longer for a format, as [`Driver::grow`] says.
+    pub fn grow(&self, len: u64) -> io::Result<()> {
+        self.change_len(len, |driver| driver.grow(len))
+    }
+
+    fn change_len(&self, len: u64, change: impl FnOnce(&dyn Driver) -> io::Result<()>) -> io::Result<()> {
         if self.read_only() {
             return Err(errno(libc::EACCES));
         }
         if len > MAX_LEN {
             return Err(errno(libc::EFBIG));
         }
-        let done = self.driver.resize_with(len, how);
+        let done = change(&*self.driver);
         self.changes.fetch_add(1, Ordering::AcqRel);
         self.bitmaps.resize(self.len());
         done

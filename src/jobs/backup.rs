@@ -24,6 +24,7 @@ use crate::error::{Error, Result};
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 /// Clusters of this size at least are copied together, in bytes (QEMU's default).
@@ -90,6 +91,8 @@ pub struct Backup {
     /// On the filter: for tickets.
     handle: Arc<Handle>,
     crew: Crew,
+    /// How often guests' writes had something copied, when somebody last asked.
+    for_writes: AtomicU64,
     /// The disk's uppermost image at the moment of which the copy is.
     top: Arc<Node>,
     bitmap: Option<Synced>,
@@ -170,6 +173,7 @@ impl Backup {
                     filter,
                     handle,
                     crew,
+                    for_writes: AtomicU64::new(0),
                     top,
                     bitmap,
                     policies,
@@ -286,6 +290,10 @@ impl Backup {
                 at = done.map_err(|e| (range.clone(), e))?.1;
             }
             bytes = range.end - range.start;
+        }
+        let for_writes = copies.for_writes();
+        if self.for_writes.swap(for_writes, Ordering::Relaxed) != for_writes {
+            self.crew.was_helped();
         }
         cx.progress(self.total.saturating_sub(copies.left()), self.total);
         // Nobody waits after the last piece.

@@ -7,7 +7,8 @@
 //! does while no step is under way.
 //!
 //! While others use the disk the job rests after each piece for as long as that took: so they have the
-//! disk for themselves for half of the time at least, whatever else a piece costs them.
+//! disk for themselves for half of the time at least, whatever else a piece costs them. If they have something
+//! copied for the job before they write, it rests longer: that is time that the job takes from them, too.
 //!
 //! Owns: the helpers, which live no longer than `work`. Never: knows what is copied. Threads: the
 //! job's, and its helpers. Locks: a list of errors, for moments.
@@ -34,6 +35,10 @@ const HANDS: usize = 2;
 /// How long a disk counts as used after a request.
 const USED: Duration = Duration::from_millis(10);
 
+/// How many times as long as a piece took the job rests when others copied for it meanwhile. A guest that writes
+/// one block after another which nobody has copied has three requests for each.
+const REST_OF_HELPED: u32 = 3;
+
 /// The longest rest after a piece.
 const REST: Duration = Duration::from_secs(1);
 
@@ -47,6 +52,8 @@ struct Others {
 pub struct Crew {
     watch: Watch,
     others: Mutex<Others>,
+    /// Others copied for the job since its last rest.
+    helped: AtomicBool,
 }
 
 /// What a step has come to: so many bytes were copied, and there may be more to do; or nothing is left
@@ -69,7 +76,12 @@ impl Crew {
     pub fn new(graph: &Graph, node: &Arc<Node>) -> Crew {
         let watch = Watch::above(graph, node);
         let others = Mutex::new(Others { requests: watch.requests(), seen: None });
-        Crew { watch, others }
+        Crew { watch, others, helped: AtomicBool::new(false) }
+    }
+
+    /// Others have copied something in their own time that the job would have had to copy.
+    pub fn was_helped(&self) {
+        self.helped.store(true, Ordering::Relaxed);
     }
 
     /// Others use the disk.
@@ -104,7 +116,9 @@ impl Crew {
                     let time = begun.elapsed();
                     cx.throttle(bytes)?;
                     if bytes > 0 && !cx.is_limited() && self.is_used() {
-                        cx.sleep(time.min(REST))?;
+                        let times =
+                            if self.helped.swap(false, Ordering::Relaxed) { REST_OF_HELPED } else { 1 };
+                        cx.sleep((time * times).min(REST))?;
                     }
                 }
             }

@@ -291,14 +291,14 @@ impl Meta {
     }
 
     /// Makes the file at least `end` bytes long; a little longer, so that not every allocation
-    /// costs a system call (close() cuts what was not used).
+    /// costs a system call (close() cuts what was not used), nor a search of the file system.
     pub fn grow_file(&mut self, file: &Node, end: u64) -> io::Result<()> {
         if end <= self.file_len {
             return Ok(());
         }
-        let step = (self.file_len / 8).clamp(256 << 10, 64 << 20);
+        let step = (self.file_len / 8).clamp(256 << 10, 16 << 20);
         let roomy = self.geo.round_up(end.max(self.file_len.saturating_add(step)));
-        let done = match file.resize(roomy) {
+        let done = match file.grow(roomy) {
             Ok(()) => roomy,
             Err(_) => match file.resize(end) {
                 Ok(()) => end,
