@@ -193,7 +193,7 @@ fn a_used_disk_is_left_to_its_users_after_each_piece() {
 
 #[test]
 fn who_copies_for_the_job_is_left_alone_for_longer() {
-    rests(Duration::from_millis(2), true);
+    rests(Duration::from_millis(1), true);
 }
 
 /// Steps of such a time on a disk that others use, who copy for the job, too, perhaps.
