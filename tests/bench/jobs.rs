@@ -163,10 +163,10 @@ pub fn daemon(b: &Bench, ours: bool) -> Daemon {
 }
 
 /// The job's name, the nodes it needs (name, image is made anew, backing), and the command.
-struct Kind {
+pub struct Kind {
     name: &'static str,
-    nodes: &'static [(&'static str, bool, Option<&'static str>)],
-    command: &'static str,
+    pub nodes: &'static [(&'static str, bool, Option<&'static str>)],
+    pub command: &'static str,
 }
 
 const KINDS: &[Kind] = &[
@@ -193,6 +193,11 @@ const KINDS: &[Kind] = &[
         command: r#"{"execute":"block-commit","arguments":{"job-id":"j","device":"full"}}"#,
     },
 ];
+
+/// The job of this name.
+pub fn kind(name: &str) -> &'static Kind {
+    KINDS.iter().find(|k| k.name == name).expect("a kind of job")
+}
 
 fn once(b: &Bench, ours: bool, kind: &Kind, size: u64, direct: bool) -> Cost {
     let file = |name: &str| b.dir.join(format!("{name}.qcow2"));

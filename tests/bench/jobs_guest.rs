@@ -1,10 +1,10 @@
 //! What jobs leave to a guest, beside qemu-storage-daemon: the requests per second of a client of the disk's NBD export,
-//! which is the same on both sides, without a job, and while a mirror and a backup of the disk run.
+//! which is the same on both sides, without a job, and while one of each kind runs on the disk.
 //!
 //! Measured from the job's start for [`TIME`], or until the job has copied all, if that comes first. The images are those of
 //! `jobs.rs`, as are their state before each run and what the cached and the O_DIRECT rows mean.
 
-use crate::jobs::{daemon, img, node, settle};
+use crate::jobs::{Kind, daemon, img, kind, node, settle};
 use crate::nbd::Client;
 use crate::util::{Bench, judge, median};
 use serde_json::{Value, json};
@@ -52,23 +52,24 @@ fn load(c: &mut Client, write: bool, size: u64, over: &AtomicBool) -> f64 {
     rate
 }
 
-/// Requests per second of the guest.
-fn once(b: &Bench, ours: bool, job: Option<&str>, direct: bool, write: bool) -> f64 {
-    let (full, new, socket) = (b.dir.join("full.qcow2"), b.dir.join("new.qcow2"), b.dir.join("guest.sock"));
+/// Requests per second of the guest of `disk`, in the images of `of`, with this job or without one.
+fn once(b: &Bench, ours: bool, (of, disk): (&Kind, &str), job: bool, direct: bool, write: bool) -> f64 {
+    let file = |name: &str| b.dir.join(format!("{name}.qcow2"));
+    let (new, socket) = (file("new"), b.dir.join("guest.sock"));
     let _ = (std::fs::remove_file(&new), std::fs::remove_file(&socket));
     img(&["create", "-q", "-f", "qcow2", &new.display().to_string(), &b.size.to_string()]);
-    settle(&full, direct);
+    settle(&file("full"), direct);
     let mut daemon = daemon(b, ours);
-    daemon.run(&node("full", &full, direct, None));
-    daemon.run(&node("new", &new, direct, None));
+    for (name, _, backing) in of.nodes {
+        daemon.run(&node(name, &file(name), direct, *backing));
+    }
     daemon.run(&json!({ "execute": "nbd-server-start", "arguments": {
         "addr": { "type": "unix", "data": { "path": socket } } } }));
     daemon.run(&json!({ "execute": "block-export-add", "arguments": {
-        "type": "nbd", "id": "e", "name": "e", "node-name": "full", "writable": true } }));
+        "type": "nbd", "id": "e", "name": "e", "node-name": disk, "writable": true } }));
     let mut client = Client::connect(&socket, true);
-    if let Some(job) = job {
-        daemon.run(&json!({ "execute": format!("blockdev-{job}"), "arguments": {
-            "job-id": "j", "device": "full", "target": "new", "sync": "full" } }));
+    if job {
+        daemon.run(&serde_json::from_str(of.command).expect("a command"));
     }
     let over = Arc::new(AtomicBool::new(false));
     let rest = BufReader::new(daemon.lines.get_ref().try_clone().expect("clone"));
@@ -95,23 +96,31 @@ fn once(b: &Bench, ours: bool, job: Option<&str>, direct: bool, write: bool) -> 
     rate
 }
 
+/// Which jobs run on a disk of the same images, and its name.
+const DISKS: [(&[&str], &str); 3] =
+    [(&["mirror", "backup"], "full"), (&["stream"], "new"), (&["commit"], "full")];
+
 pub fn run(b: &Bench) {
     for (mode, direct) in [("cached", false), ("O_DIRECT", true)] {
         for (what, write) in [("reads", false), ("writes", true)] {
-            let mut alone = 0.0;
-            for job in [None, Some("mirror"), Some("backup")] {
-                let mut rates = [vec![], vec![]];
-                for round in 0..b.rounds.min(3) {
-                    for side in [round % 2, 1 - round % 2] {
-                        rates[side].push(once(b, side == 0, job, direct, write) / 1e3);
+            for (names, disk) in DISKS {
+                let both = |of: &Kind, job: bool| {
+                    let mut rates = [vec![], vec![]];
+                    for round in 0..b.rounds.min(3) {
+                        for side in [round % 2, 1 - round % 2] {
+                            rates[side].push(once(b, side == 0, (of, disk), job, direct, write) / 1e3);
+                        }
                     }
-                }
-                let [ours, theirs] = rates.map(|mut r| median(&mut r));
-                let line = format!("guest {what}, {mode}, {}", job.unwrap_or("no job"));
-                judge(&line, "kIO/s", ours, "storage-daemon", theirs, (1.0, true));
-                match job {
-                    None => alone = ours,
-                    Some(_) => judge("  of what it has alone", "kIO/s", ours, "no job", alone, (0.5, true)),
+                    rates.map(|mut r| median(&mut r))
+                };
+                let [alone, theirs] = both(kind(names[0]), false);
+                let line = |job: &str| format!("guest {what}, {mode}, {job}");
+                let without = line(&format!("no {}", names[0]));
+                judge(&without, "kIO/s", alone, "storage-daemon", theirs, (1.0, true));
+                for name in names {
+                    let [ours, theirs] = both(kind(name), true);
+                    judge(&line(name), "kIO/s", ours, "storage-daemon", theirs, (1.0, true));
+                    judge("  of what it has alone", "kIO/s", ours, "no job", alone, (0.5, true));
                 }
             }
         }
