@@ -18,9 +18,11 @@ use crate::error::{Result, strerror};
 use crate::sys::buf::AlignedBuf;
 use crate::sys::file_attr;
 use crate::sys::iov::{Iov, IovMut};
+use crate::sys::thread::lock;
 use serde_json::{Map, Value, json};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// See the module's head.
@@ -41,12 +43,18 @@ pub struct File {
     len: AtomicU64,
     id: (u64, u64),
     locks: Locks,
+    /// Who writes much at a time into the page cache. The kernel lets in one writer, too, but who waits there
+    /// does so busily.
+    turn: Mutex<()>,
     /// A flush has failed: what was written before it may be lost.
     broken: AtomicBool,
     discard_ok: AtomicU64,
     discard_failed: AtomicU64,
     discard_bytes: AtomicU64,
 }
+
+/// From so many bytes on a write takes longer than to wake who waits for it by far.
+const LONG: usize = 256 << 10;
 
 pub(super) fn stat(fd: RawFd) -> io::Result<libc::stat> {
     // SAFETY: all-zero bytes are a valid stat.
@@ -90,6 +98,7 @@ impl File {
             len: AtomicU64::new(len),
             id,
             locks,
+            turn: Mutex::default(),
             broken: AtomicBool::new(false),
             discard_ok: AtomicU64::new(0),
             discard_failed: AtomicU64::new(0),
@@ -221,6 +230,7 @@ impl Driver for File {
 
     fn write(&self, off: u64, from: &Iov, _: Flags) -> io::Result<()> {
         let fd = self.fd();
+        let _turn = (from.len() >= LONG && !self.direct.load(Ordering::Relaxed)).then(|| lock(&self.turn));
         let done = all_of(from, |vec, at| {
             // SAFETY: the pieces of an Iov are readable for their lengths; at most 1024.
             unsafe { libc::pwritev(fd, vec.as_ptr(), vec.len() as i32, (off + at) as i64) }
