@@ -365,11 +365,11 @@ impl Driver for File {
         }
     }
 
-    /// A write that bypasses the page cache waits for the file system to find space, and keeps all others waiting
-    /// meanwhile, unless it comes to space that is there.
+    /// A write to space that the file system has found already costs less; and one that bypasses the page cache
+    /// need not wait for all others to the file then.
     fn grow(&self, len: u64) -> io::Result<()> {
         let old = self.len();
-        if self.direct.load(Ordering::Relaxed) && len > old && self.fallocate(0, old, len - old).is_ok() {
+        if len > old && self.fallocate(0, old, len - old).is_ok() {
             self.len.store(len, Ordering::Relaxed);
             return Ok(());
         }

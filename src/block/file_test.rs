@@ -343,7 +343,7 @@ fn new_space_is_allocated_in_advance_if_asked_for() {
 }
 
 #[test]
-fn a_format_s_file_has_space_ready_for_writes_that_would_wait_for_it() {
+fn a_format_s_file_grows_by_space_that_is_ready() {
     let dir = Scratch::new("file-room");
     for direct in [false, true] {
         let path = dir.file(if direct { "direct" } else { "cached" }, 0);
@@ -357,7 +357,7 @@ fn a_format_s_file_has_space_ready_for_writes_that_would_wait_for_it() {
         let blocks = || std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(&path).unwrap()) * 512;
         node.grow(1 << 20).unwrap();
         assert_eq!((node.len(), std::fs::metadata(&path).unwrap().len()), (1 << 20, 1 << 20));
-        assert_eq!(blocks() >= 1 << 20, direct, "{} bytes", blocks());
+        assert!(blocks() >= 1 << 20, "{} bytes", blocks());
         let mut back = vec![1; 1 << 20];
         node.read(0, &mut IovMut::from_slice(&mut back)).unwrap();
         assert!(back.iter().all(|&b| b == 0));
