@@ -78,6 +78,8 @@ impl Flags {
     pub const NO_FALLBACK: Flags = Flags(4);
     /// A write may be stored compressed, if the format can: best in whole clusters.
     pub const COMPRESSED: Flags = Flags(8);
+    /// Zeroes hide also what is not behind the image yet: nothing stored is not enough, if the format can say so.
+    pub const HIDE: Flags = Flags(16);
 
     /// True when every flag of `other` is set.
     pub fn contains(self, other: Flags) -> bool {

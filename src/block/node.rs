@@ -306,7 +306,7 @@ impl Node {
             .then(|| self.serial.enter(off & !(align - 1), (off + n).next_multiple_of(align), !aligned));
         if aligned && self.memory_fits(from) {
             self.own_moment(BlkdebugEvent::Pwritev);
-            let done = self.driver.write(off, from, Flags(flags.0 & Flags::COMPRESSED.0));
+            let done = self.driver.write(off, from, Flags(flags.0 & (Flags::COMPRESSED | Flags::HIDE).0));
             self.own_moment(BlkdebugEvent::PwritevDone);
             return done;
         }
@@ -330,7 +330,7 @@ impl Node {
             }
             from.copy_to((at - off) as usize, &mut part[(at - start) as usize..(stop - start) as usize]);
             self.own_moment(BlkdebugEvent::Pwritev);
-            let done = self.driver.write(start, &Iov::from_slice(part), Flags::NONE);
+            let done = self.driver.write(start, &Iov::from_slice(part), Flags(flags.0 & Flags::HIDE.0));
             self.own_moment(BlkdebugEvent::PwritevDone);
             done?;
             at = stop;
@@ -372,7 +372,7 @@ impl Node {
         let end = off + len;
         let (first, last) = (off.next_multiple_of(align), end & !(align - 1));
         let keep = if self.options().unmap { Flags::MAY_UNMAP } else { Flags::NONE };
-        let pass = Flags(flags.0 & (keep | Flags::NO_FALLBACK).0);
+        let pass = Flags(flags.0 & (keep | Flags::NO_FALLBACK | Flags::HIDE).0);
         if (first != off || last != end) && flags.contains(Flags::NO_FALLBACK) {
             return Err(errno(libc::ENOTSUP));
         }

@@ -61,8 +61,9 @@ impl Qcow2 {
             false => (off..end, end..end),
         };
         let edges = [head, tail];
+        let hide = flags.contains(Flags::HIDE);
         let needs_data = |r: &Range<u64>| -> io::Result<bool> {
-            Ok(!r.is_empty() && !self.stays_zero(r.start, r.end - r.start)?)
+            Ok(!r.is_empty() && !self.stays_zero(r.start, r.end - r.start, hide)?)
         };
         if flags.contains(Flags::NO_FALLBACK) && (needs_data(&edges[0])? || needs_data(&edges[1])?) {
             return Err(not_supported());
@@ -74,7 +75,7 @@ impl Qcow2 {
         }
         if first < last {
             let how = if flags.contains(Flags::MAY_UNMAP) { Erase::Unmap } else { Erase::Zero };
-            self.erase(first, last - first, how)?;
+            self.erase_as(first, last - first, how, hide)?;
         }
         Ok(())
     }
@@ -90,9 +91,9 @@ impl Qcow2 {
     }
 
     /// True when `len` bytes at `off` are known to read as zeroes (false: perhaps), with whatever backing
-    /// file there will be.
-    fn stays_zero(&self, off: u64, len: u64) -> io::Result<bool> {
-        let hides = self.hides(&self.lock());
+    /// file there will be; `hide`: also with one that nothing speaks of yet.
+    fn stays_zero(&self, off: u64, len: u64, hide: bool) -> io::Result<bool> {
+        let hides = if hide { u64::MAX } else { self.hides(&self.lock()) };
         self.reads_zero(off, len, hides)
     }
 
@@ -153,6 +154,11 @@ impl Qcow2 {
 
     /// Changes the state of whole units.
     pub(super) fn erase(&self, off: u64, len: u64, how: Erase) -> io::Result<()> {
+        self.erase_as(off, len, how, false)
+    }
+
+    /// The same; `hide`: zeroes are said to be there where nothing is, whatever lies behind the image.
+    fn erase_as(&self, off: u64, len: u64, how: Erase, hide: bool) -> io::Result<()> {
         let (mut pos, end) = (off, off + len);
         while pos < end {
             let meta = self.lock();
@@ -174,15 +180,23 @@ impl Qcow2 {
                 self.checkpoint(false)?;
                 continue;
             }
-            pos = self.erase_page(meta, pos, end, how)?;
+            pos = self.erase_page(meta, pos, end, how, hide)?;
         }
         Ok(())
     }
 
     /// Does what lies in one page of L2 entries; answers where to go on.
-    fn erase_page(&self, mut meta: MutexGuard<'_, Meta>, off: u64, end: u64, how: Erase) -> io::Result<u64> {
+    fn erase_page(
+        &self,
+        mut meta: MutexGuard<'_, Meta>,
+        off: u64,
+        end: u64,
+        how: Erase,
+        hide: bool,
+    ) -> io::Result<u64> {
         let backing = match how {
             Erase::Cut => 0,
+            _ if hide => u64::MAX,
             _ => self.hides(&meta),
         };
         let result = self.file().and_then(|f| meta.erase_page(&f, off, end, how, backing));
