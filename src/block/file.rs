@@ -2,8 +2,9 @@
 //! block layer that makes system calls on disks.
 //!
 //! Owns: the descriptors, the image locks, the discard counters. Never: knows formats. Threads:
-//! I/O from any; `set_perm`, `resize` and `close` on the control thread. Locks: none; the
-//! descriptor's number never changes (a reopen puts another open file in its place, dup3(2)).
+//! I/O from any; `set_perm`, `resize` and `close` on the control thread; `grow` on any, with the lock of
+//! the format above. Locks: `turn`, across one write to the kernel, and with it nothing is waited for but
+//! that; the descriptor's number never changes (a reopen puts another open file in its place, dup3(2)).
 //!
 //! A failed fdatasync(2) may have dropped dirty pages, and the next one would report success: from
 //! then on every flush fails, unless the page cache is bypassed (as in QEMU).
@@ -43,8 +44,8 @@ pub struct File {
     len: AtomicU64,
     id: (u64, u64),
     locks: Locks,
-    /// Who writes much at a time into the page cache. The kernel lets in one writer, too, but who waits there
-    /// does so busily.
+    /// Who writes much at a time into the page cache. The kernel lets one writer into a file, too, but who waits
+    /// there does so busily. Into a device it lets all.
     turn: Mutex<()>,
     /// A flush has failed: what was written before it may be lost.
     broken: AtomicBool,
@@ -230,7 +231,8 @@ impl Driver for File {
 
     fn write(&self, off: u64, from: &Iov, _: Flags) -> io::Result<()> {
         let fd = self.fd();
-        let _turn = (from.len() >= LONG && !self.direct.load(Ordering::Relaxed)).then(|| lock(&self.turn));
+        let _turn = (from.len() >= LONG && !self.device && !self.direct.load(Ordering::Relaxed))
+            .then(|| lock(&self.turn));
         let done = all_of(from, |vec, at| {
             // SAFETY: the pieces of an Iov are readable for their lengths; at most 1024.
             unsafe { libc::pwritev(fd, vec.as_ptr(), vec.len() as i32, (off + at) as i64) }
