@@ -4,7 +4,8 @@
 //! A cluster is copied once, by whoever comes first, the guest or the job. `to_copy` has the clusters
 //! that are still to be copied, and `busy` the ranges that somebody is copying: others wait for those,
 //! and then find nothing to do. So what the target gets of a cluster was read while no write of it was
-//! under way since the filter came.
+//! under way since the filter came. What turns out to need no copy is taken out only where nobody is
+//! copying: the next write there waits for nobody, and who copies would find what that wrote.
 //!
 //! A guest that writes a little has only that copied, in blocks, or it would wait for a whole cluster
 //! each time it comes to a new one. `blocks` has these, of clusters that are still to be copied: the
@@ -43,8 +44,11 @@ pub struct CopyOptions {
     /// Bytes that are copied together, a power of two: at least the target's clusters, or what they
     /// hold besides would be lost.
     pub cluster: u64,
-    /// A guest's write may have a part of a cluster copied. Only where all that is to be copied is in
-    /// the end: the rest of such a cluster is not what the target had there before.
+    /// The target gets all of the disk: what it does not hold in the end may stay so where that reads as
+    /// zeroes. Else it may come to lie above another image later, and zeroes must hide what that has.
+    pub full: bool,
+    /// A guest's write may have a part of a cluster copied. Only if no cluster is left out later on: the
+    /// rest of such a cluster is not what the target had there before.
     pub parts: bool,
     /// The target's data are compressed: whole clusters, always.
     pub compress: bool,
@@ -62,6 +66,8 @@ pub struct Copies {
     to_copy: Arc<Bitmap>,
     /// Which blocks are copied of the clusters in `to_copy`; of other clusters it says nothing.
     blocks: Option<Arc<Bitmap>>,
+    /// Clusters of which the target may have got a part when a copy failed.
+    torn: Arc<Bitmap>,
     /// Clusters that guests' writes had copied.
     pub(super) done: Arc<Bitmap>,
     /// How often a guest's write had something copied.
@@ -152,6 +158,7 @@ impl Copies {
             len,
             to_copy,
             blocks: if parts { Some(bitmap(block)?) } else { None },
+            torn: bitmap(options.cluster)?,
             done: bitmap(options.cluster)?,
             for_writes: AtomicU64::new(0),
             busy: Mutex::default(),
@@ -182,7 +189,7 @@ impl Copies {
     }
 
     /// The clusters that are still to be copied: those that are dirty. Only before the guest can come
-    /// may anybody set one; clearing one that is not to be copied is always right.
+    /// may anybody else change them.
     pub fn to_copy(&self) -> &Arc<Bitmap> {
         &self.to_copy
     }
@@ -291,12 +298,32 @@ impl Copies {
         let Some(claim) = self.claim(from, end.min(self.len), grain) else { return Ok(None) };
         let range = claim.range.clone();
         let mut at = range.start;
-        while at < range.end {
-            at += self.copy(&source, &target, at, range.end - at)?;
+        let mut done = Ok(());
+        while at < range.end && done.is_ok() {
+            done = self.copy(&source, &target, at, range.end - at).map(|n| at += n);
         }
-        // before the claim ends: who waited must find nothing to do
-        self.note(&range);
-        Ok(Some(range))
+        if done.is_err() {
+            self.torn.mark(at, range.end - at);
+        }
+        // Before the claim ends: who waited must find nothing to do. Also what was copied before an error:
+        // where many fail there would be no end otherwise.
+        self.note(&(range.start..at));
+        done.map(|()| Some(range))
+    }
+
+    /// Takes whole clusters out of what is to be copied, from the start of a range on, up to the first that
+    /// must be copied now, for somebody is at it, or was in vain; answers where that is, or the end.
+    pub fn leave_out(&self, range: Range<u64>) -> u64 {
+        let busy = self.lock();
+        let taken = busy.ranges.iter().filter(|b| b.start < range.end && range.start < b.end);
+        let taken = taken.map(|b| b.start).min().filter(|_| !self.bug.is(Mutant::LeaveOutTaken));
+        let torn = self.torn.next_dirty(range.start, range.end, BLOCK).map(|t| t.start);
+        let stop = match taken.into_iter().chain(torn).min() {
+            None => range.end,
+            Some(at) => (at & !(self.options.cluster - 1)).max(range.start),
+        };
+        self.to_copy.clear(range.start, stop - range.start);
+        stop
     }
 
     /// Notes that a range is copied.
@@ -326,14 +353,14 @@ impl Copies {
     /// Finds out how many bytes from `off` on need no copy, for they are zeroes in the disk and the
     /// target reads as zeroes there, and counts them as copied. Whole clusters; 0: none.
     ///
-    /// It claims nothing: what the guest writes meanwhile is copied before, or was; and what says now that it is
-    /// zeroes, and is not copied, always was. What was copied of such a cluster is zeroes in the target, if
-    /// that says so.
+    /// It claims nothing: what the guest writes meanwhile is copied before, or was; and what says now that
+    /// it is zeroes, and is not copied, always was. What was copied of such a cluster is zeroes in the
+    /// target, if that says so. Who is copying there now goes on, and is waited for: none is skipped then.
     pub fn skip_zeroes(&self, off: u64) -> Copied<u64> {
         let (source, target) = self.nodes().map_err(CopyError::Target)?;
         let end = self.len;
         // A bit is that of a whole cluster.
-        if off >= end || !off.is_multiple_of(self.options.cluster) {
+        if off >= end || !off.is_multiple_of(self.options.cluster) || !self.options.full {
             return Ok(0);
         }
         let found = chain::contents(&source, off, end - off).map_err(CopyError::Source)?;
@@ -346,8 +373,7 @@ impl Copies {
         if stop <= off {
             return Ok(0);
         }
-        self.to_copy.clear(off, stop - off);
-        Ok(stop - off)
+        Ok(self.leave_out(off..stop) - off)
     }
 
     /// Copies some of `len` bytes at `off`; answers how many.
@@ -361,22 +387,27 @@ impl Copies {
             stop => stop.next_multiple_of(cluster).min(off + len),
         };
         let n = stop - off;
+        let hide = if self.options.full { Flags::NONE } else { Flags::HIDE };
         if found.zero && n <= found.len {
             if self.stays_zero(target, off, n).map_err(CopyError::Target)? < n {
-                target.zero(off, n, Flags::MAY_UNMAP).map_err(CopyError::Target)?;
+                target.zero(off, n, Flags::MAY_UNMAP | hide).map_err(CopyError::Target)?;
             }
             return Ok(n);
         }
         let mut buf = CopyBuf::new(n as usize);
         source.read(off, &mut IovMut::from_slice(&mut buf)).map_err(CopyError::Source)?;
         let flags = if self.options.compress { Flags::COMPRESSED } else { Flags::NONE };
-        target.write(off, &Iov::from_slice(&buf), flags).map_err(CopyError::Target)?;
+        // a target that detects zeroes has to know, too
+        target.write(off, &Iov::from_slice(&buf), flags | hide).map_err(CopyError::Target)?;
         Ok(n)
     }
 
     /// How many of `len` bytes at `off` of the target read as zeroes and will go on doing so. What shows
-    /// through from behind it may not: that may be the very disk.
+    /// through from behind it may not: that may be the very disk, or not be there yet.
     fn stays_zero(&self, target: &Node, off: u64, len: u64) -> io::Result<u64> {
+        if !self.options.full {
+            return Ok(0);
+        }
         let found = chain::contents(target, off, len)?;
         let own = found.depth == 1 || (found.depth == 0 && self.alone);
         Ok(if found.zero && own { found.len } else { 0 })

@@ -2,7 +2,8 @@ use super::*;
 use crate::block::driver::Extent;
 use crate::block::graph::Graph;
 use crate::block::handle::{Handle, HandleSpec};
-use crate::block::testing::{Mem, MemState, Rng};
+use crate::block::mutant::with;
+use crate::block::testing::{At, Mem, MemState, Rng};
 use crate::sys::iov::IovMut;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize};
@@ -35,7 +36,7 @@ fn setup(fill: &[u8]) -> Setup {
 }
 
 const OPTIONS: CopyOptions =
-    CopyOptions { cluster: CLUSTER, parts: false, compress: false, break_snapshot: false };
+    CopyOptions { cluster: CLUSTER, full: true, parts: false, compress: false, break_snapshot: false };
 
 /// A guest's write has no more copied than it must.
 const PARTS: CopyOptions = CopyOptions { cluster: 4 * CLUSTER, parts: true, ..OPTIONS };
@@ -255,6 +256,44 @@ fn zeroes_are_skipped_by_whole_clusters() {
     assert_eq!(copies.skip_zeroes(8192).unwrap(), 0);
     assert!(copies.to_copy().is_dirty(0));
     assert!(copies.skip_zeroes(4 * CLUSTER).unwrap() > 0);
+}
+
+/// While a guest has a block copied, the job finds zeroes there, and another guest writes to the same block.
+#[test]
+fn zeroes_that_somebody_copies_are_not_skipped() {
+    let is_zero = |parts: bool| {
+        let mut s = setup(&vec![0; LEN]);
+        s.source_state.sparse.store(true, Ordering::SeqCst);
+        s.target_state.sparse.store(true, Ordering::SeqCst);
+        let options = CopyOptions { parts, ..PARTS };
+        let (filter, copies) = filter(("cbw", NodeOptions::default()), &s.disk, &s.target, options).unwrap();
+        s.graph.insert_filter(&filter, &s.disk).unwrap();
+        let job = job_handle(&mut s.graph, &filter);
+        let (other, first) = (s.guest.clone(), AtomicBool::new(true));
+        let hook = move |at, _, _| {
+            if at != At::Status || !first.swap(false, Ordering::SeqCst) {
+                return;
+            }
+            let (job, copies, other) = (job.clone(), copies.clone(), other.clone());
+            let writer = std::thread::spawn(move || {
+                job.inside(|_| Ok(copies.skip_zeroes(0).unwrap())).unwrap();
+                other.write(1024, &Iov::from_slice(&[1; 512]), Flags::NONE).unwrap();
+            });
+            // It waits for this copy, or it should.
+            let begun = std::time::Instant::now();
+            while !writer.is_finished() && begun.elapsed().as_millis() < 300 {
+                std::thread::yield_now();
+            }
+        };
+        *s.source_state.hook.lock().unwrap() = Some(Arc::new(hook));
+        s.guest.write(0, &Iov::from_slice(&[2; 512]), Flags::NONE).unwrap();
+        *s.source_state.hook.lock().unwrap() = None;
+        s.target_state.data.lock().unwrap().iter().all(|&b| b == 0)
+    };
+    for parts in [false, true] {
+        assert!(is_zero(parts), "parts {parts}");
+        assert!(!with(Some(Mutant::LeaveOutTaken), || is_zero(parts)), "parts {parts}: not noticed");
+    }
 }
 
 #[test]

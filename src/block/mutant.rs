@@ -32,6 +32,8 @@ pub enum Mutant {
     PartIsWhole,
     /// A job copies a cluster again of which a guest's write had a part copied.
     WholeAgain,
+    /// What needs no copy is left out also where somebody is copying.
+    LeaveOutTaken,
     /// A backup's bitmap is put aside after the moment that the backup shows.
     LateFreeze,
     /// What was written while a failed backup had the bitmap is forgotten.

@@ -38,6 +38,8 @@ pub enum At {
     HasWritten,
     /// Before a flush.
     Flush,
+    /// Before it is said what is there.
+    Status,
 }
 
 /// What a test does at such moments, on the requesting thread: the moment, offset, length.
@@ -176,6 +178,7 @@ impl Driver for Mem {
         }
     }
     fn status(&self, off: u64, len: u64) -> io::Result<Extent> {
+        self.at(At::Status, off, len);
         self.check(off, len)?;
         if !self.state.sparse.load(Ordering::SeqCst) {
             return Ok(Extent { kind: ExtentKind::Data, len, host_offset: Some(off) });

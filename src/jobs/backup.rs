@@ -122,8 +122,10 @@ impl Backup {
         let unit = target.driver.info().cluster_size.unwrap_or(0).next_power_of_two();
         let options = CopyOptions {
             cluster: unit.max(CLUSTER),
-            // Of a target that only gets what is overwritten the rest is read from elsewhere, in the end.
-            parts: spec.sync != Sync::None,
+            full: spec.sync == Sync::Full,
+            // Of another target the rest is read from elsewhere, in the end, and it may turn out that a
+            // cluster is not to be copied after a guest has come to it.
+            parts: matches!(spec.sync, Sync::Full | Sync::Bitmap),
             compress: spec.compress,
             break_snapshot: spec.break_snapshot,
         };
@@ -226,7 +228,11 @@ impl Backup {
                     let first = at.next_multiple_of(copies.cluster());
                     let end = at + found.len;
                     let end = if end >= copies.len() { end } else { end & !(copies.cluster() - 1) };
-                    copies.to_copy().clear(first, end.saturating_sub(first));
+                    if first < end {
+                        let stop = copies.leave_out(first..end);
+                        // what a guest is having copied is, wherever it lies
+                        return Ok(if stop < end { stop + copies.cluster() } else { end } - at);
+                    }
                 }
                 Ok(found.len)
             })?;

@@ -349,3 +349,28 @@ fn what_does_not_fit_is_refused() {
     assert_eq!(text(&mut desk, compressed), "Compression is not supported for this drive ");
     assert_eq!(desk.graph.nodes().count(), 3);
 }
+
+/// A cluster that the uppermost image does not have is copied as a whole or not at all, also when a guest
+/// comes to it before the job does: the target may be laid above the same image later.
+#[test]
+fn sync_top_leaves_no_cluster_in_part() {
+    let mut desk = Desk::new();
+    let (disk, source) = desk.disk("disk", LEN);
+    let (target, copy) = desk.disk("target", LEN);
+    source.sparse.store(true, SeqCst);
+    copy.data.lock().unwrap().fill(7);
+    let guest = desk.guest(&disk);
+    let graph = &mut desk.graph;
+    let spec = spec(&disk, &target, Sync::Top);
+    let make = || Ok(Box::new(Backup::new(graph, spec)?) as Box<dyn Work>);
+    let job = Spec::new("b", Kind::Backup);
+    let key = desk.jobs.create(job, &desk.events.clone(), &[&disk], make).unwrap();
+    // Afterwards it is as if it had never come.
+    guest.write(65536 + 4096, &Iov::from_slice(&[0; 4096]), Flags::NONE).unwrap();
+    desk.jobs.start(&mut desk.graph, key);
+    desk.until("COMPLETED");
+    let copy = bytes(&copy);
+    for cluster in copy.chunks(65536) {
+        assert!(cluster.iter().all(|b| *b == cluster[0]));
+    }
+}

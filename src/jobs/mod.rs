@@ -22,6 +22,8 @@ pub mod table;
 mod txn;
 
 #[cfg(test)]
+mod backup_image_test;
+#[cfg(test)]
 mod mutant_test;
 #[cfg(test)]
 mod pace_test;
