@@ -164,7 +164,7 @@ pub fn daemon(b: &Bench, ours: bool) -> Daemon {
 
 /// The job's name, the nodes it needs (name, image is made anew, backing), and the command.
 pub struct Kind {
-    name: &'static str,
+    pub name: &'static str,
     pub nodes: &'static [(&'static str, bool, Option<&'static str>)],
     pub command: &'static str,
 }

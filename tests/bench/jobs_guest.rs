@@ -96,30 +96,40 @@ fn once(b: &Bench, ours: bool, (of, disk): (&Kind, &str), job: bool, direct: boo
     rate
 }
 
-/// Which jobs run on a disk of the same images, and its name.
-const DISKS: [(&[&str], &str); 3] =
-    [(&["mirror", "backup"], "full"), (&["stream"], "new"), (&["commit"], "full")];
+/// A mirror for which every write of the guest goes to both sides.
+const ACTIVE: Kind = Kind {
+    name: "write-blocking mirror",
+    nodes: &[("full", false, None), ("new", true, None)],
+    command: r#"{"execute":"blockdev-mirror","arguments":
+        {"job-id":"j","device":"full","target":"new","sync":"full","copy-mode":"write-blocking"}}"#,
+};
 
 pub fn run(b: &Bench) {
+    // Which jobs run on a disk of the same images, and its name.
+    let disks = [
+        (vec![kind("mirror"), &ACTIVE, kind("backup")], "full"),
+        (vec![kind("stream")], "new"),
+        (vec![kind("commit")], "full"),
+    ];
     for (mode, direct) in [("cached", false), ("O_DIRECT", true)] {
         for (what, write) in [("reads", false), ("writes", true)] {
-            for (names, disk) in DISKS {
+            for (kinds, disk) in &disks {
                 let both = |of: &Kind, job: bool| {
                     let mut rates = [vec![], vec![]];
                     for round in 0..b.rounds.min(3) {
                         for side in [round % 2, 1 - round % 2] {
-                            rates[side].push(once(b, side == 0, (of, disk), job, direct, write) / 1e3);
+                            rates[side].push(once(b, side == 0, (of, *disk), job, direct, write) / 1e3);
                         }
                     }
                     rates.map(|mut r| median(&mut r))
                 };
-                let [alone, theirs] = both(kind(names[0]), false);
+                let [alone, theirs] = both(kinds[0], false);
                 let line = |job: &str| format!("guest {what}, {mode}, {job}");
-                let without = line(&format!("no {}", names[0]));
+                let without = line(&format!("no {}", kinds[0].name));
                 judge(&without, "kIO/s", alone, "storage-daemon", theirs, (1.0, true));
-                for name in names {
-                    let [ours, theirs] = both(kind(name), true);
-                    judge(&line(name), "kIO/s", ours, "storage-daemon", theirs, (1.0, true));
+                for kind in kinds {
+                    let [ours, theirs] = both(kind, true);
+                    judge(&line(kind.name), "kIO/s", ours, "storage-daemon", theirs, (1.0, true));
                     judge("  of what it has alone", "kIO/s", ours, "no job", alone, (0.5, true));
                 }
             }
