@@ -15,6 +15,7 @@ use crate::block::handle::{Handle, OnError};
 use crate::block::node::{DetectZeroes, Edge, Node, NodeOptions};
 use crate::block::open::{self, Backing, Child, Common, Plan};
 use crate::block::raw::RawPlan;
+use crate::block::snapshot::{Act, Overlay};
 use crate::block::testing::{NoEnv, Rng, Scratch, qemu};
 use crate::qcow2::plan::Qcow2Plan;
 use crate::sys::iov::{Iov, IovMut};
@@ -265,6 +266,19 @@ impl Lab {
         Begun { key, then, path, format, nodes: [target, image] }
     }
 
+    /// An overlay comes to lie above a disk, at times: guests write to it from now on.
+    fn overlay(&mut self, disk: &Arc<Node>) {
+        if self.rng.below(2) == 0 {
+            return;
+        }
+        std::thread::sleep(Duration::from_micros(self.rng.below(5000)));
+        let (format, path) = self.create(false, false);
+        let over = self.open((format, &path), Backing::Nothing);
+        self.what += " overlay";
+        let act = Act::Overlay(Overlay { node: disk.clone(), over });
+        self.desk.graph.snapshot(&[act], &mut ()).unwrap();
+    }
+
     /// Lets it come to its end; true: a good one. The image is closed then.
     fn finish(&mut self, begun: Begun, cancel: bool) -> (bool, Vec<u8>, &'static str, String) {
         let start = Instant::now();
@@ -342,6 +356,7 @@ fn full(seed: u64) {
     let (disk, _) = lab.disk(false);
     lab.under_guests(&disk, |lab| {
         let begun = lab.start(&disk, Sync::Full, None, true);
+        lab.overlay(&disk);
         let cancel = lab.rng.below(6) == 0;
         let (good, then, format, path) = lab.finish(begun, cancel);
         if good {
@@ -359,6 +374,7 @@ fn top(seed: u64) {
     let base = base.unwrap();
     lab.under_guests(&disk, |lab| {
         let begun = lab.start(&disk, Sync::Top, None, true);
+        lab.overlay(&disk);
         let (good, then, _, path) = lab.finish(begun, false);
         assert!(good, "{}", lab.what);
         lab.tool(&["rebase", "-u", "-f", "qcow2", "-F", "raw", "-b", &base, &path]);
