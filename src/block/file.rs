@@ -371,9 +371,18 @@ impl Driver for File {
     /// need not wait for all others to the file then.
     fn grow(&self, len: u64) -> io::Result<()> {
         let old = self.len();
-        if len > old && self.fallocate(0, old, len - old).is_ok() {
-            self.len.store(len, Ordering::Relaxed);
-            return Ok(());
+        if len > old {
+            match self.fallocate(0, old, len - old) {
+                Ok(()) => {
+                    self.len.store(len, Ordering::Relaxed);
+                    return Ok(());
+                }
+                Err(e) if matches!(e.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT)) => {
+                    // A file system may keep what it has found: others need that now.
+                    self.resize(old)?;
+                }
+                Err(_) => {}
+            }
         }
         self.resize(len)
     }

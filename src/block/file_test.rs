@@ -277,10 +277,24 @@ struct Tmpfs(String);
 
 impl Tmpfs {
     fn new(path: String) -> Option<Tmpfs> {
+        Tmpfs::mount(path, &["-t", "tmpfs", "-o", "size=1m", "minivmm-test"])
+    }
+
+    /// An ext4 of `len` bytes: one that keeps what it found of too much.
+    fn ext4(dir: &Scratch, len: u64) -> Option<Tmpfs> {
+        let image = dir.file("ext4", len);
+        match std::process::Command::new("mkfs.ext4").args(["-q", "-F", &image]).output() {
+            Ok(out) if out.status.success() => Tmpfs::mount(dir.path("ext4-mnt"), &["-o", "loop", &image]),
+            other => {
+                eprintln!("skipped: no ext4 (e2fsprogs): {other:?}");
+                None
+            }
+        }
+    }
+
+    fn mount(path: String, args: &[&str]) -> Option<Tmpfs> {
         std::fs::create_dir(&path).unwrap();
-        let made = std::process::Command::new("mount")
-            .args(["-t", "tmpfs", "-o", "size=1m", "minivmm-test", &path])
-            .output();
+        let made = std::process::Command::new("mount").args(args).arg(&path).output();
         match made {
             Ok(out) if out.status.success() => Some(Tmpfs(path)),
             other => {
@@ -376,4 +390,22 @@ fn a_format_s_file_grows_by_space_that_is_ready() {
     assert_eq!((node.len(), std::fs::metadata(&path).unwrap().len()), (1 << 30, 1 << 30));
     let block = crate::sys::buf::AlignedBuf::new(4096, 4096);
     node.write(0, &Iov::from_slice(&block), Flags::NONE).unwrap();
+}
+
+#[test]
+fn a_format_s_file_takes_no_space_from_others_in_vain() {
+    let dir = Scratch::new("file-greedy");
+    let Some(fs) = Tmpfs::ext4(&dir, 24 << 20) else { return };
+    let path = format!("{}/a", fs.0);
+    std::fs::write(&path, vec![1; 4096]).unwrap();
+    let mut graph = Graph::new();
+    let node = node(&mut graph, &path);
+    node.grow(64 << 20).unwrap();
+    assert_eq!((node.len(), std::fs::metadata(&path).unwrap().len()), (64 << 20, 64 << 20));
+    assert_eq!(read(&node, 0, 4096), [1; 4096]);
+    assert_eq!(read(&node, 4096, 4096), [0; 4096]);
+    // What could not be found as a whole is there for others.
+    std::fs::write(format!("{}/b", fs.0), vec![2; 4 << 20]).unwrap();
+    drop(node);
+    graph.close_all();
 }
