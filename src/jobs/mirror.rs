@@ -131,7 +131,7 @@ pub struct Mirror {
     /// The target was read-only before.
     turn_back: bool,
     synced: Arc<AtomicBool>,
-    /// The target has a backing file that is not there yet.
+    /// The target has a backing file that is not there yet, or may get one: it holds less than the disk.
     bare: bool,
     bug: Bug,
 }
@@ -141,7 +141,9 @@ impl Mirror {
     pub fn new(graph: &mut Graph, mut plan: Plan) -> Result<Mirror> {
         let image = plan.target.clone().skip_filters();
         // Its backing file comes later: a cluster that it has only a part of would hide the rest.
-        let bare = image.backing().is_none() && !chain::stands_alone(&image);
+        let partly =
+            !plan.commit && !matches!(plan.sync, Sync::Full { .. }) && image.backing_edge().is_some();
+        let bare = image.backing().is_none() && (partly || !chain::stands_alone(&image));
         if bare {
             let cluster = image.driver.info().cluster_size.unwrap_or(0).next_power_of_two();
             plan.granularity = plan.granularity.max(u32::try_from(cluster).unwrap_or(0));
@@ -276,7 +278,8 @@ impl Mirror {
         if there.zero && own && there.len >= len {
             return Ok(());
         }
-        dst.zero(off, len, if self.plan.unmap { Flags::MAY_UNMAP } else { Flags::NONE })
+        let unmap = if self.plan.unmap { Flags::MAY_UNMAP } else { Flags::NONE };
+        dst.zero(off, len, unmap | self.both.hide())
     }
 
     /// Copies a range whose granules were cleared.
@@ -305,7 +308,7 @@ impl Mirror {
         let n = found.len.min(PIECE).min(self.plan.buf_size.max(4096));
         let mut buf = CopyBuf::new(n as usize);
         src.read(off, &mut IovMut::from_slice(&mut buf)).map_err(Failed::Source)?;
-        dst.write(off, &Iov::from_slice(&buf), Flags::NONE).map_err(Failed::Target)?;
+        dst.write(off, &Iov::from_slice(&buf), self.both.hide()).map_err(Failed::Target)?;
         Ok((n, n))
     }
 

@@ -47,7 +47,8 @@ pub enum Mode {
 /// The two sides of the mirror: what the filter and the job share.
 pub struct Both {
     target: Arc<Edge>,
-    /// The target's backing file is not there yet: what it does not hold must be copied as a whole.
+    /// The target's backing file is not there yet: what it does not hold must be copied as a whole, and zeroes
+    /// must be said to be there.
     bare: bool,
     /// The target is below the disk, where not only this filter marks what is written.
     commit: bool,
@@ -77,6 +78,11 @@ impl Both {
     /// The target, for whoever has a ticket of a handle above the filter.
     pub fn target(&self) -> io::Result<Arc<Node>> {
         self.target.need()
+    }
+
+    /// How the target is changed.
+    pub fn hide(&self) -> Flags {
+        if self.bare { Flags::HIDE } else { Flags::NONE }
     }
 
     /// True when the target holds all of `off..end`.
@@ -121,7 +127,7 @@ impl Both {
     /// Copies a range as it is, with its turn in hand.
     fn bring(&self, source: &Node, range: Range<u64>) -> io::Result<()> {
         let target = self.target.need()?;
-        let flags = if self.commit { Flags::MAY_UNMAP } else { Flags::NONE };
+        let flags = self.hide() | if self.commit { Flags::MAY_UNMAP } else { Flags::NONE };
         let mut at = range.start;
         while at < range.end {
             let found = chain::contents(source, at, range.end - at)?;
@@ -133,7 +139,7 @@ impl Both {
             let n = found.len.min(PIECE);
             let mut buf = CopyBuf::new(n as usize);
             source.read(at, &mut IovMut::from_slice(&mut buf))?;
-            target.write(at, &Iov::from_slice(&buf), Flags::NONE)?;
+            target.write(at, &Iov::from_slice(&buf), self.hide())?;
             at += n;
         }
         Ok(())
@@ -269,7 +275,7 @@ impl Driver for MirrorTop {
         if !self.both.is(Mode::Background) {
             let len = from.len();
             let same = AlignedBuf::copy(from);
-            let write = |n: &Node| n.write(off, &Iov::from_slice(&same[..len]), flags);
+            let write = |n: &Node| n.write(off, &Iov::from_slice(&same[..len]), flags | self.both.hide());
             return self.both(off, len as u64, write);
         }
         if self.both.bug.is(Mutant::MarkBeforeData) {
@@ -282,7 +288,8 @@ impl Driver for MirrorTop {
 
     fn zero(&self, off: u64, len: u64, flags: Flags) -> io::Result<()> {
         if !self.both.is(Mode::Background) {
-            return self.both(off, len, |n| n.zero(off, len, flags));
+            // The disk may say so, too.
+            return self.both(off, len, |n| n.zero(off, len, flags | self.both.hide()));
         }
         let done = self.file.need()?.zero(off, len, flags);
         self.after(off, len, done)

@@ -612,8 +612,9 @@ pub(super) fn short(job: u32) {
 /// file was not there before.
 #[test]
 fn zeroes_on_a_mirror_whose_backing_file_comes_later_hide_it() {
-    for (none, active, late) in (0..8).map(|n| (n & 1 > 0, n & 2 > 0, n & 4 > 0)) {
-        let mut desk = Desk::new(&format!("jobs-bare-{none}-{active}-{late}"), seed());
+    // `named`: the new image's header speaks of it.
+    for (none, active, late, named) in (0..16).map(|n| (n & 1 > 0, n & 2 > 0, n & 4 > 0, n & 8 > 0)) {
+        let mut desk = Desk::new(&format!("jobs-bare-{none}-{active}-{late}-{named}"), seed());
         let disk = desk.short_chain();
         // Data everywhere, and an overlay.
         disk.write(0, &Iov::from_slice(&vec![0x55; SIZE as usize]), Flags::NONE).unwrap();
@@ -631,7 +632,7 @@ fn zeroes_on_a_mirror_whose_backing_file_comes_later_hide_it() {
         if !late {
             hide();
         }
-        let target = desk.image(SIZE, Some(&below));
+        let target = desk.image(SIZE, named.then_some(&below));
         let backing = Some(below);
         let plan = mirror::Plan { sync, active, backing, ..mirror::tests::plan(&top, &target) };
         let work = Box::new(Mirror::new(&mut desk.graph, plan).unwrap());
@@ -657,8 +658,8 @@ fn zeroes_on_a_mirror_whose_backing_file_comes_later_hide_it() {
         let mut whole = vec![0xee; SIZE as usize];
         disk.read(0, &mut IovMut::from_slice(&mut whole)).unwrap();
         let is = |at: usize, n: usize, v: u8| whole[at..at + n].iter().all(|b| *b == v);
-        assert!(is(1 << 20, 256 << 10, 0), "none {none} active {active} late {late}");
-        assert!(is(2 << 20, 1536, 0), "none {none} active {active} late {late}");
-        assert!(is((2 << 20) + 1536, 4096, 0x55), "none {none} active {active} late {late}");
+        assert!(is(1 << 20, 256 << 10, 0), "none {none} active {active} late {late} named {named}");
+        assert!(is(2 << 20, 1536, 0), "none {none} active {active} late {late} named {named}");
+        assert!(is((2 << 20) + 1536, 4096, 0x55), "none {none} active {active} late {late} named {named}");
     }
 }
