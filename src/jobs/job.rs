@@ -1,4 +1,4 @@
-//! What a kind of job is ([`Work`]), what it works with ([`JobCtx`]), and its thread.
+//! What a kind of job is ([`Work`]), and what it works with ([`JobCtx`]).
 //!
 //! **For the writer of a job.** [`Work::run`] is on the job's own thread, does blocking I/O through
 //! its handles, and between two pieces calls [`JobCtx::pause_point`] (or something that does: every
@@ -15,23 +15,19 @@
 //! inside one ticket ([`Handle::inside`](crate::block::handle::Handle::inside)) and takes the range
 //! after the ticket. It never takes a ticket with a range in hand.
 //!
-//! Owns: the mutex between a job's thread and the control thread. Never: names, states (`registry.rs`
-//! has them), QMP. Threads: the job's, and control. Locks: its own, a leaf but for the inbox; never
-//! across I/O, nor while it waits (a condition variable lets go of it).
+//! Owns: what a job's thread may do. Never: names, states (`registry.rs` has them), QMP. Threads: the
+//! job's, and control. Locks: that of [`Shared`], never across I/O.
 
-use super::rate::Rate;
+use super::shared::{Ended, Hold, HoldList, Notice, Shared, State};
+pub use super::shared::{Progress, Snapshot};
 use crate::block::driver::Perm;
 use crate::block::graph::Graph;
 use crate::block::handle::{Handle, HandleSpec, IoStatus, OnError};
 use crate::block::node::Node;
 use crate::error::{Error, strerror};
-use crate::event::{ErrorAction, Event, Events};
-use crate::sys::thread;
-use std::collections::VecDeque;
+use crate::event::ErrorAction;
 use std::io;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
+use std::sync::{Arc, MutexGuard};
 use std::time::{Duration, Instant};
 
 /// Why a job's work ends early.
@@ -125,239 +121,6 @@ pub trait Work: Send {
     }
 }
 
-/// What the job's thread has to say; the control thread acts on it in order.
-#[derive(Debug)]
-pub(super) enum Notice {
-    Paused,
-    Resumed,
-    Ready,
-    Error { read: bool, action: ErrorAction },
-    Hold,
-}
-
-/// What became of [`JobCtx::hold_guest`].
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Hold {
-    /// Nobody is held.
-    None,
-    /// The job's thread wants it.
-    Wanted,
-    /// The control thread does it.
-    Held,
-    /// The job is done, and ends; the control thread keeps holding until it has.
-    Confirmed,
-}
-
-/// Who is held: everybody above these nodes, but not these handles.
-#[derive(Default)]
-pub(super) struct HoldList {
-    pub nodes: Vec<Arc<Node>>,
-    pub but: Vec<Arc<Handle>>,
-}
-
-/// The two numbers of a job's progress, in bytes.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct Progress {
-    /// How much is done.
-    pub offset: u64,
-    /// How much there is, as far as it is known.
-    pub len: u64,
-}
-
-/// What `query-jobs` and the events need of the thread's side.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Snapshot {
-    /// See there.
-    pub progress: Progress,
-    /// The thread is at work: it does not sleep, nor is it paused, nor at rest.
-    pub busy: bool,
-    /// Of the last error that paused it.
-    pub io_status: IoStatus,
-    /// Bytes per second; 0: no limit.
-    pub speed: u64,
-}
-
-/// How a job's work ends.
-type Ended = std::result::Result<(), Stop>;
-
-pub(super) struct State {
-    pub notices: VecDeque<Notice>,
-    /// It is to pause.
-    pub pause: bool,
-    /// It is to end without a result.
-    pub cancel: bool,
-    /// It was ready and is to end well, but without its last step.
-    pub soft_cancel: bool,
-    /// It is ready and is to end.
-    pub complete: bool,
-    busy: bool,
-    ready: bool,
-    progress: Progress,
-    rate: Rate,
-    pub io_status: IoStatus,
-    pub hold: Hold,
-    pub hold_list: HoldList,
-    /// Counts what a sleeper has to know: it wakes up when this changes.
-    kicks: u64,
-    /// The control thread waits for the job's first step.
-    watched: bool,
-    /// The work comes back when the thread has done it.
-    pub finished: Option<(Box<dyn Work>, Ended)>,
-}
-
-/// What the job's thread and the control thread share.
-pub(super) struct Shared {
-    serial: u64,
-    events: Events,
-    state: Mutex<State>,
-    changed: Condvar,
-}
-
-impl Shared {
-    pub(super) fn new(serial: u64, speed: u64, events: Events) -> Arc<Shared> {
-        Arc::new(Shared {
-            serial,
-            events,
-            state: Mutex::new(State {
-                notices: VecDeque::new(),
-                pause: false,
-                cancel: false,
-                soft_cancel: false,
-                complete: false,
-                busy: false,
-                ready: false,
-                progress: Progress::default(),
-                rate: Rate::new(speed),
-                io_status: IoStatus::Ok,
-                hold: Hold::None,
-                hold_list: HoldList::default(),
-                kicks: 0,
-                watched: false,
-                finished: None,
-            }),
-            changed: Condvar::new(),
-        })
-    }
-
-    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Changes what the thread has to know, and wakes it.
-    pub(super) fn tell(&self, f: impl FnOnce(&mut State)) {
-        let mut state = self.lock();
-        f(&mut state);
-        state.kicks += 1;
-        drop(state);
-        self.changed.notify_all();
-    }
-
-    pub(super) fn set_speed(&self, speed: u64) {
-        self.tell(|s| s.rate.set(speed, Instant::now()));
-    }
-
-    pub(super) fn snapshot(&self) -> Snapshot {
-        let s = self.lock();
-        Snapshot { progress: s.progress, busy: s.busy, io_status: s.io_status, speed: s.rate.speed() }
-    }
-
-    /// Waits on the condition variable, at most until `until`.
-    fn wait<'a>(&self, state: MutexGuard<'a, State>, until: Option<Instant>) -> MutexGuard<'a, State> {
-        match until {
-            None => self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
-            Some(until) => {
-                let left = until.saturating_duration_since(Instant::now());
-                self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0
-            }
-        }
-    }
-
-    /// Control thread: waits until `done` says so, at most for `time`; what it said last.
-    pub(super) fn wait_for(&self, time: Option<Duration>, done: impl Fn(&State) -> bool) -> bool {
-        let until = time.map(|t| Instant::now() + t);
-        let mut state = self.lock();
-        loop {
-            if done(&state) {
-                return true;
-            }
-            if until.is_some_and(|t| t <= Instant::now()) {
-                return false;
-            }
-            state = self.wait(state, until);
-        }
-    }
-
-    /// Control thread, right after the start: waits until the job has done something that can be seen, or
-    /// waits itself, but no longer than for `time`.
-    pub(super) fn wait_first_step(&self, time: Duration) {
-        self.lock().watched = true;
-        self.wait_for(Some(time), |s| {
-            !s.busy || s.progress.offset > 0 || !s.notices.is_empty() || s.finished.is_some()
-        });
-        self.lock().watched = false;
-    }
-
-    /// Something has changed that [`Shared::wait_first_step`] waits for.
-    fn stepped(&self, state: &State) {
-        if state.watched {
-            self.changed.notify_all();
-        }
-    }
-
-    /// Starts the thread. On an error the work comes back.
-    pub(super) fn spawn(
-        self: &Arc<Shared>,
-        name: &str,
-        work: Box<dyn Work>,
-    ) -> Result<JoinHandle<()>, (Box<dyn Work>, io::Error)> {
-        let shared = self.clone();
-        {
-            let mut state = self.lock();
-            state.busy = true;
-            state.progress.len = work.total().unwrap_or(0);
-        }
-        // Not lost in a closure that is never called.
-        let parcel = Arc::new(Mutex::new(Some(work)));
-        let mine = parcel.clone();
-        let take = |p: &Mutex<Option<Box<dyn Work>>>| p.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let spawned = thread::spawn(name, thread::IO_STACK, move || {
-            let Some(mut work) = take(&mine) else { return };
-            let cx = JobCtx { shared };
-            let run = || {
-                // A cancel that came already is the work's to find: it says how much there was to do.
-                let _ = cx.pause_point();
-                work.run(&cx)
-            };
-            let done = catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|panic| {
-                let text = thread::panic_text(&*panic);
-                log::error!("a job's thread failed: {text}");
-                Err(Stop::Failed(Error::new(format!("Internal error: {text}"))))
-            });
-            let shared = cx.shared;
-            let mut state = shared.lock();
-            state.busy = false;
-            state.finished = Some((work, done));
-            drop(state);
-            shared.changed.notify_all();
-            shared.events.post(Event::Job(shared.serial));
-        });
-        spawned.map_err(|e| {
-            self.lock().busy = false;
-            // It is there: only the thread that was not made takes it.
-            (take(&parcel).unwrap_or_else(|| Box::new(Nothing)), e)
-        })
-    }
-}
-
-/// Work that is none.
-struct Nothing;
-
-impl Work for Nothing {
-    fn run(&mut self, _: &JobCtx) -> Ended {
-        Ok(())
-    }
-}
-
 /// What a job works with, on its own thread. Every method that waits also pauses when it is told to,
 /// and returns [`Stop::Cancelled`] at once when the job is to end without a result.
 pub struct JobCtx {
@@ -379,8 +142,8 @@ impl JobCtx {
         self.shared.lock()
     }
 
-    fn post(&self) {
-        self.shared.events.post(Event::Job(self.shared.serial));
+    pub(super) fn new(shared: Arc<Shared>) -> JobCtx {
+        JobCtx { shared }
     }
 
     /// Between two pieces of work, without a ticket in hand: waits while the job is paused. A job that
@@ -397,19 +160,12 @@ impl JobCtx {
             state.hold = Hold::None;
             self.shared.changed.notify_all();
         }
-        let busy = std::mem::replace(&mut state.busy, false);
-        self.shared.stepped(&state);
-        state.notices.push_back(Notice::Paused);
-        self.post();
+        self.shared.say(&mut state, Notice::Paused);
         while state.pause && !state.cancel {
-            state = self.shared.wait(state, None);
+            state = self.shared.idle(state, None);
         }
-        state.busy = busy;
-        state.notices.push_back(Notice::Resumed);
-        let cancelled = state.cancel;
-        drop(state);
-        self.post();
-        if cancelled { Err(Stop::Cancelled) } else { Ok(()) }
+        self.shared.say(&mut state, Notice::Resumed);
+        if state.cancel { Err(Stop::Cancelled) } else { Ok(()) }
     }
 
     /// True once the job is to end without a result: for loops that have nothing to return from.
@@ -431,16 +187,12 @@ impl JobCtx {
 
     /// Sets both numbers of the progress, in bytes.
     pub fn progress(&self, offset: u64, len: u64) {
-        let mut state = self.lock();
-        state.progress = Progress { offset, len };
-        self.shared.stepped(&state);
+        self.shared.change(|s| s.progress = Progress { offset, len });
     }
 
     /// So many bytes more are done.
     pub fn advance(&self, bytes: u64) {
-        let mut state = self.lock();
-        state.progress.offset = state.progress.offset.saturating_add(bytes);
-        self.shared.stepped(&state);
+        self.shared.change(|s| s.progress.offset = s.progress.offset.saturating_add(bytes));
     }
 
     /// There is so much to be done beyond what is done: `len` follows (a mirror's guest writes).
@@ -458,19 +210,14 @@ impl JobCtx {
     pub fn ready(&self) {
         let mut state = self.lock();
         if !std::mem::replace(&mut state.ready, true) {
-            state.notices.push_back(Notice::Ready);
-            self.shared.stepped(&state);
-            drop(state);
-            self.post();
+            self.shared.say(&mut state, Notice::Ready);
         }
     }
 
     /// The job has nothing to do for now and only looks now and then whether that is still so: it does
     /// not count as busy until [`JobCtx::at_work`].
     pub fn at_rest(&self) {
-        let mut state = self.lock();
-        state.busy = false;
-        self.shared.stepped(&state);
+        self.shared.change(|s| s.busy = false);
     }
 
     /// Ends [`JobCtx::at_rest`].
@@ -519,15 +266,8 @@ impl JobCtx {
         self.pause_point()
     }
 
-    fn doze<'a>(&self, mut state: MutexGuard<'a, State>, until: Instant) -> MutexGuard<'a, State> {
-        if state.cancel || state.pause {
-            return state;
-        }
-        let busy = std::mem::replace(&mut state.busy, false);
-        self.shared.stepped(&state);
-        let mut state = self.shared.wait(state, Some(until));
-        state.busy = busy;
-        state
+    fn doze<'a>(&self, state: MutexGuard<'a, State>, until: Instant) -> MutexGuard<'a, State> {
+        if state.cancel || state.pause { state } else { self.shared.idle(state, Some(until)) }
     }
 
     /// For other threads: ends a [`JobCtx::sleep`].
@@ -549,8 +289,7 @@ impl JobCtx {
         if state.cancel {
             return Err(Stop::Cancelled);
         }
-        state.notices.push_back(Notice::Error { read, action });
-        self.shared.stepped(&state);
+        self.shared.say(&mut state, Notice::Error { read, action });
         if action == ErrorAction::Stop {
             state.pause = true;
             if state.io_status == IoStatus::Ok {
@@ -558,7 +297,6 @@ impl JobCtx {
             }
         }
         drop(state);
-        self.post();
         match action {
             ErrorAction::Report => Err(Stop::Failed(Error::new(strerror(e)))),
             ErrorAction::Stop => self.pause_point().map(|()| After::Again),
@@ -576,9 +314,7 @@ impl JobCtx {
         let mut state = self.lock();
         state.hold = Hold::Wanted;
         state.hold_list = HoldList { nodes: nodes.to_vec(), but: but.to_vec() };
-        state.notices.push_back(Notice::Hold);
-        self.shared.stepped(&state);
-        self.post();
+        self.shared.say(&mut state, Notice::Hold);
         while state.hold == Hold::Wanted && !state.cancel && !state.pause {
             state = self.shared.wait(state, None);
         }

@@ -17,9 +17,11 @@ pub mod mirror;
 pub mod mirror_top;
 pub mod rate;
 pub mod registry;
+mod shared;
 pub mod stream;
 pub mod table;
 mod txn;
+mod verbs;
 
 #[cfg(test)]
 mod backup_image_test;

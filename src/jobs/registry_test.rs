@@ -4,7 +4,7 @@ use super::super::job::{After, JobCtx, Stop, Work};
 use super::super::testing::Desk;
 use super::*;
 use crate::block::driver::{Flags, Perm};
-use crate::block::handle::{Handle, HandleSpec, OnError};
+use crate::block::handle::{Handle, HandleSpec, IoStatus, OnError};
 use crate::block::node::NodeOptions;
 use crate::block::testing::Mem;
 use crate::sys::iov::Iov;
