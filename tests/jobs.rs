@@ -198,14 +198,18 @@ fn errors_at_every_policy() {
                 let other =
                     json!({"driver": "qcow2", "node-name": "top", "file": file, "backing": Value::Null});
                 let kind = if what == "block-stream" { "stream" } else { "commit" };
-                for (command, args) in [
-                    ("blockdev-reopen", json!({"options": [other]})),
-                    ("block_resize", json!({"node-name": "top", "size": 32 * MIB})),
-                    ("block-stream", json!({"device": "top", "job-id": "k"})),
+                let busy = format!("Node 'top' is busy: block device is in use by block job: {kind}");
+                let link = match what {
+                    "block-commit" => "Cannot replace implicit backing child of top",
+                    _ => "Cannot change frozen 'backing' link from 'top' to 'mid'",
+                };
+                for (command, args, text) in [
+                    ("blockdev-reopen", json!({"options": [other]}), link),
+                    ("block_resize", json!({"node-name": "top", "size": 32 * MIB}), &busy),
+                    ("block-stream", json!({"device": "top", "job-id": "k"}), &busy),
                 ] {
                     let said = qmp.execute(command, args).unwrap_err();
-                    let busy = format!("Node 'top' is busy: block device is in use by block job: {kind}");
-                    assert_eq!(said["desc"], busy, "{case}, {command}");
+                    assert_eq!(said["desc"], text, "{case}, {command}");
                 }
                 qmp.ok("block-job-resume", json!({"device": "j"}));
                 let job = &qmp.ok("query-block-jobs", json!({}));

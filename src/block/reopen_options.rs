@@ -83,13 +83,22 @@ struct Item {
 }
 
 impl Graph {
-    /// Gives the nodes that `list` names other options. On an error nothing has changed.
-    pub fn reopen(&mut self, env: &dyn Env, list: &[Wanted]) -> Result<()> {
+    /// Gives the nodes that `list` names other options. On an error nothing has changed. `may`: whether a
+    /// node may get another child than that of this edge.
+    pub fn reopen(
+        &mut self,
+        env: &dyn Env,
+        list: &[Wanted],
+        may: impl Fn(&Arc<Node>, &Arc<Edge>) -> Result<()>,
+    ) -> Result<()> {
         let mut items = Vec::new();
         for wanted in list {
             let Some(name) = &wanted.common.node_name else { bail!("node-name not specified") };
             let node = self.need(name)?.clone();
             self.collect_items(node, Some(wanted), None, &mut items)?;
+        }
+        for item in &items {
+            item.edges.iter().try_for_each(|(edge, _)| may(&item.node, edge))?;
         }
         // What is written back now need not be while the guests wait.
         for item in items.iter().filter(|i| i.options.read_only && !i.node.read_only()) {
@@ -163,7 +172,7 @@ impl Graph {
         };
         let edges = node.driver.edges();
         let children = edges.iter().filter(|e| e.role == "backing").map(backing).collect();
-        self.reopen(env, &[Wanted { common, given, children }])
+        self.reopen(env, &[Wanted { common, given, children }], |_, _| Ok(()))
     }
 
     /// Puts `node`, and the children that were defined with it, on the list. `wanted`: none if it

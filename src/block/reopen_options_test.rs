@@ -25,7 +25,7 @@ fn reopen(graph: &mut Graph, list: Value) -> Result<()> {
     let (mut fds, objects) = (FdSets::new(), Objects::default());
     let list = list.as_array().unwrap();
     let list: Vec<_> = list.iter().map(|v| wanted(v.as_object().cloned().unwrap()).unwrap()).collect();
-    graph.reopen(&Formats::new(&mut fds, &objects), &list)
+    graph.reopen(&Formats::new(&mut fds, &objects), &list, |_, _| Ok(()))
 }
 
 #[test]

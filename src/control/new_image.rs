@@ -69,7 +69,11 @@ pub fn make(
     let mut touched = None;
     if file["driver"] == "file" {
         let there = std::fs::metadata(&path).ok().map(|m| (m.dev(), m.ino()));
-        if backing.is_some() && there.and_then(user_of).is_some() {
+        let same = |b: &NewBacking| {
+            let other = std::fs::metadata(&b.name).ok().map(|m| (m.dev(), m.ino()));
+            there.is_some() && there == other
+        };
+        if backing.as_ref().is_some_and(same) {
             bail!("Error: Trying to create an image with the same filename as the backing file");
         }
         touched = touch(&path).map_err(|e| says(&e))?;

@@ -102,23 +102,42 @@ pub struct Backup {
     bug: Bug,
 }
 
-impl Backup {
-    /// Puts the filter in: from now on the target gets what the guest overwrites.
+impl BackupSpec {
+    /// What is wrong with it, as far as that can be said before there is a job.
     ///
     /// # Errors
-    /// QEMU's texts. Nothing has changed then.
-    pub fn new(graph: &mut Graph, spec: BackupSpec) -> Result<Backup> {
-        let BackupSpec { source, target, .. } = &spec;
+    /// QEMU's texts.
+    pub fn check(&self, graph: &Graph) -> Result<()> {
+        let BackupSpec { source, target, .. } = self;
         if Arc::ptr_eq(source, target) {
             bail!("Source and target cannot be the same");
         }
-        if spec.compress && !target.driver.compresses() {
+        if self.compress && !target.driver.compresses() {
             // The name is missing in QEMU too.
             bail!("Compression is not supported for this drive ");
         }
         if source.len() != target.len() {
             bail!("Source and target image have different sizes");
         }
+        let (name, named) = &self.filter;
+        if *named {
+            graph.check_name(name).map_err(|e| e.context("Could not create node: "))?;
+        }
+        if target.read_only() {
+            bail!("Could not create node: Block node is read-only");
+        }
+        Ok(())
+    }
+}
+
+impl Backup {
+    /// Puts the filter in: from now on the target gets what the guest overwrites.
+    ///
+    /// # Errors
+    /// QEMU's texts. Nothing has changed then.
+    pub fn new(graph: &mut Graph, spec: BackupSpec) -> Result<Backup> {
+        spec.check(graph)?;
+        let BackupSpec { source, target, .. } = &spec;
         let unit = target.driver.info().cluster_size.unwrap_or(0).next_power_of_two();
         let options = CopyOptions {
             cluster: unit.max(CLUSTER),
@@ -132,8 +151,7 @@ impl Backup {
         let (name, named) = &spec.filter;
         let node = NodeOptions { read_only: source.read_only(), implicit: !named, ..NodeOptions::default() };
         let (filter, copies) = cbw::filter((name, node), source, target, options)?;
-        let wrong = |e: Error| Error::new(format!("Could not create node: {e}"));
-        graph.add(filter.clone()).map_err(wrong)?;
+        graph.add(filter.clone())?;
         // No write is under way now, and none begins: this is the disk that the copy will be.
         let quiesced = graph.quiesce(&[source], &[]);
         let mut total = copies.left();
@@ -155,7 +173,7 @@ impl Backup {
                 }
                 total = copies.left();
             }
-            let put = graph.edit(&quiesced, |edit| edit.insert_filter(&filter, source)).map_err(wrong);
+            let put = graph.edit(&quiesced, |edit| edit.insert_filter(&filter, source));
             if let (Err(_), Some(s)) = (&put, &synced) {
                 s.node.reclaim_bitmap(&s.bitmap);
             }

@@ -45,7 +45,9 @@ pub fn insert(
         None => graph.auto_name(),
     };
     let filter = PassThrough { name: driver, file: Edge::new("file", None), asks };
-    let options = NodeOptions { read_only: at.read_only(), implicit, ..NodeOptions::default() };
+    // Through such a one nobody writes.
+    let read_only = asks == Asks::Lenient || at.read_only();
+    let options = NodeOptions { read_only, implicit, ..NodeOptions::default() };
     let node = Node::new(name, Box::new(filter), options);
     graph.insert_filter(&node, at)?;
     Ok(node)

@@ -195,8 +195,9 @@ impl Mirror {
             graph.resize(target, source.len())?;
         }
         let uses = Perm::WRITE | Perm::CONSISTENT_READ;
-        let shares = Perm::CONSISTENT_READ | Perm::WRITE_UNCHANGED;
-        self.dst = Some(attach(graph, target, uses, shares)?);
+        // Nobody else gets to see a copy that is not complete.
+        let reads = if *commit { Perm::CONSISTENT_READ } else { Perm::NONE };
+        self.dst = Some(attach(graph, target, uses, reads | Perm::WRITE_UNCHANGED)?);
         Ok(())
     }
 

@@ -12,7 +12,7 @@ use super::table::{Kind, Status};
 use crate::bail;
 use crate::block::edit::Quiesced;
 use crate::block::graph::{Graph, well_formed};
-use crate::block::node::Node;
+use crate::block::node::{Edge, Node};
 use crate::error::{Class, Error, Result, strerror};
 use crate::event::{ErrorAction, Events};
 use std::sync::Arc;
@@ -211,7 +211,8 @@ impl Jobs {
             id: j.id.clone(),
             kind: j.kind,
             status: j.status,
-            paused: j.user_paused,
+            // This kind holds its disk then, and in QEMU itself with it.
+            paused: j.user_paused || j.softly && matches!(j.status, Status::Waiting | Status::Pending),
             ready: matches!(j.status, Status::Ready | Status::Standby),
             auto_finalize: j.auto_finalize,
             auto_dismiss: j.auto_dismiss,
@@ -240,6 +241,18 @@ impl Jobs {
         }
     }
 
+    /// Fails when a job counts on the child that `node` has by `edge`.
+    pub fn check_edge(&self, node: &Arc<Node>, edge: &Edge) -> Result<()> {
+        let uses = |j: &Job, node: &Arc<Node>| j.nodes.iter().any(|n| Arc::ptr_eq(n, node));
+        if let Some(child) = edge.node()
+            && self.list.iter().any(|j| uses(j, node) && uses(j, &child))
+        {
+            let (role, from, to) = (&edge.role, &node.name, &child.name);
+            bail!("Cannot change frozen '{role}' link from '{from}' to '{to}'");
+        }
+        self.check_free(node, &node.name)
+    }
+
     /// Whether a job of that name can be made.
     pub fn check_id(&self, id: &str) -> Result<()> {
         if !well_formed(id) {
@@ -264,19 +277,22 @@ impl Jobs {
         build: impl FnOnce() -> Result<Box<dyn Work>>,
     ) -> Result<JobKey> {
         self.check_id(&spec.id)?;
-        let Ok(speed) = u64::try_from(spec.speed) else {
-            // As in QEMU, where the job exists already when its speed is looked at.
-            self.out.push(JobEvent::Status(spec.id.clone(), Status::Created));
-            self.out.push(JobEvent::Status(spec.id, Status::Null));
-            bail!("Parameter 'speed' expects a non-negative value");
+        self.out.push(JobEvent::Status(spec.id.clone(), Status::Created));
+        let speed = u64::try_from(spec.speed);
+        let speed = speed.map_err(|_| Error::new("Parameter 'speed' expects a non-negative value"));
+        let (speed, work) = match speed.and_then(|speed| Ok((speed, build()?))) {
+            Ok(made) => made,
+            Err(e) => {
+                // As in QEMU, where the job exists already when its speed and its nodes are looked at.
+                self.out.push(JobEvent::Status(spec.id, Status::Null));
+                return Err(e);
+            }
         };
-        let work = build()?;
         let serial = self.serial();
         let txn = match spec.txn {
             Some(Txn(txn)) => txn,
             None => self.serial(),
         };
-        self.out.push(JobEvent::Status(spec.id.clone(), Status::Created));
         self.list.push(Job {
             serial,
             id: spec.id,

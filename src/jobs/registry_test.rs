@@ -203,11 +203,17 @@ fn names_and_speeds() {
     assert_eq!(desk.jobs.find("x").unwrap_err().desc, "Job not found");
     let e = desk.jobs.find_block("x").unwrap_err();
     assert_eq!((e.class, e.desc.as_str()), (Class::DeviceNotActive, "Block job 'x' not found"));
+    // A job whose nodes cannot be had was one for a moment.
+    let (made, events) = (|| Err(Error::new("no")), desk.events.clone());
+    assert!(desk.jobs.create(spec("c"), &events, &[], made).is_err());
+    desk.turn();
+    assert_eq!(desk.told[3..], ["c created", "c null"]);
+    desk.told.clear();
     // Never started: it ends without a word of its result.
     let key = desk.jobs.find("Ab9-._").unwrap();
     desk.jobs.cancel_sync(&mut desk.graph, key);
     desk.turn();
-    assert_eq!(desk.told[3..], ["Ab9-._ aborting", "Ab9-._ concluded", "Ab9-._ null"]);
+    assert_eq!(desk.told, ["Ab9-._ aborting", "Ab9-._ concluded", "Ab9-._ null"]);
 }
 
 #[test]
@@ -355,6 +361,17 @@ fn ready_jobs_complete_or_are_cancelled_softly_or_not() {
         assert!(desk.told.iter().any(|t| t == end), "{:?}", desk.told);
     }
     assert_eq!(rx.recv().unwrap(), "stop");
+
+    // While it waits to be finalized it holds its disk, and says that it is paused; a cancel needs no force.
+    let by_hand = Spec { auto_finalize: false, ..spec("d") };
+    let key = desk.go(by_hand, ready(tx));
+    desk.until_told("d ready");
+    assert!(!desk.jobs.query()[0].paused);
+    desk.jobs.complete(key).unwrap();
+    desk.until_told("d PENDING");
+    assert!(desk.jobs.query()[0].paused);
+    desk.jobs.cancel_block(&mut desk.graph, key, false).unwrap();
+    desk.until_told("d null");
 }
 
 #[test]

@@ -29,7 +29,7 @@ pub struct Plan {
     pub backing_file: Option<String>,
     /// What to do when a request fails.
     pub on_error: OnError,
-    /// The filter, if the user wants one.
+    /// The filter above it, by which it is seen that a job is at work there.
     pub filter: Option<Arc<Node>>,
     /// The job's name, for messages.
     pub id: String,

@@ -116,6 +116,7 @@ pub(super) fn plan_blockdev(cx: &mut Cx, plan: &mut Plan, args: BlockdevBackup) 
 /// `drive-backup` as a part of a transaction. The file that it makes stays, whatever comes.
 pub(super) fn plan_drive(cx: &mut Cx, plan: &mut Plan, args: DriveBackup) -> Result<()> {
     let source = planned(cx, plan, Some(&args.common.device), Some(&args.common.device))?;
+    cx.vm.check_idle(&source)?;
     bitmap_rules(&args.common)?;
     bitmap_is_there(plan, &args.common, &source)?;
     let image = source.clone().skip_filters();
@@ -277,6 +278,7 @@ impl Planned {
             break_snapshot: false,
             filter,
         };
+        spec.check(graph)?;
         let build = || Ok(Box::new(Backup::new(graph, spec)?) as Box<dyn Work>);
         jobs.create(job, events, &[&target], build)
     }

@@ -4,7 +4,7 @@
 
 use super::schema::{Cx, Object, Path, Ty, Value, Wire};
 use crate::block::graph::Parent;
-use crate::block::node::Node;
+use crate::block::node::{Edge, Node};
 use crate::block::open;
 use crate::control::formats::{self, BlockdevDriver, BlockdevOptions, Formats};
 use crate::error::{Error, Result, strerror};
@@ -83,11 +83,18 @@ impl Wire for Given {
 fn blockdev_reopen(cx: &mut Cx, options: Vec<Given>) -> Result<()> {
     let list: Vec<_> = options.into_iter().map(|g| formats::wanted(g.1)).collect::<Result<_>>()?;
     let vm = &mut *cx.vm;
-    // A job counts on what is below the nodes that it works on.
-    for node in list.iter().filter_map(|w| vm.graph.find(w.common.node_name.as_ref()?)) {
-        vm.check_idle(node)?;
+    for wanted in &list {
+        let Some(node) = wanted.common.node_name.as_ref().and_then(|n| vm.graph.find(n)) else { continue };
+        // A job is made for a disk of that length.
+        let now = node.driver.own_options();
+        if ["offset", "size"].iter().any(|key| wanted.given.get(*key) != now.get(*key)) {
+            vm.check_idle(node)?;
+        }
     }
-    vm.graph.reopen(&Formats::new(&mut vm.fds, &vm.objects), &list)
+    // A job counts on what is below the nodes that it works on; other options are none of its business.
+    let jobs = &vm.jobs;
+    let may = |node: &Arc<Node>, edge: &Arc<Edge>| jobs.check_edge(node, edge);
+    vm.graph.reopen(&Formats::new(&mut vm.fds, &vm.objects), &list, may)
 }
 
 fn blockdev_add(cx: &mut Cx, given: Given) -> Result<()> {

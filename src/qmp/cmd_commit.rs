@@ -128,6 +128,10 @@ fn block_commit(cx: &mut Cx, args: BlockCommit) -> Result<()> {
         if args.backing_file.is_some() {
             bail!("'backing-file' specified, but 'top' is the active layer");
         }
+        // This kind puts its filter in before there is a job.
+        if let Some(name) = &args.filter {
+            graph.check_name(name)?;
+        }
         let build = || {
             let plan = mirror::Plan {
                 source: active.clone(),

@@ -255,3 +255,7 @@ fn finalize(cx: &mut Cx, id: String) -> Result<()> {
     let job = cx.vm.jobs.find(&id)?;
     cx.vm.jobs.finalize(&mut cx.vm.graph, job)
 }
+
+#[cfg(test)]
+#[path = "cmd_job_test.rs"]
+mod tests;

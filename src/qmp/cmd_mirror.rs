@@ -124,7 +124,7 @@ fn sync_of(common: &MirrorCommon, disk: &Disk) -> Result<MirrorSyncMode> {
     })
 }
 
-fn check_numbers(common: &MirrorCommon) -> Result<()> {
+fn check_granularity(common: &MirrorCommon) -> Result<()> {
     if let Some(granularity) = common.granularity.filter(|g| *g != 0) {
         if !(512..=64 << 20).contains(&granularity) {
             bail!("Parameter 'granularity' expects a value in range [512B, 64MB]");
@@ -133,9 +133,6 @@ fn check_numbers(common: &MirrorCommon) -> Result<()> {
             bail!("Parameter 'granularity' expects a power of 2");
         }
     }
-    if common.buf_size.is_some_and(|n| n < 0) {
-        bail!("Invalid parameter 'buf-size'");
-    }
     Ok(())
 }
 
@@ -143,6 +140,7 @@ fn check_numbers(common: &MirrorCommon) -> Result<()> {
 fn replaced(cx: &Cx, common: &MirrorCommon, disk: &Disk) -> Result<Option<Arc<Node>>> {
     let Some(name) = &common.replaces else { return Ok(None) };
     let node = cx.vm.graph.need(name)?.clone();
+    cx.vm.check_idle(&node)?;
     fn shows(node: &Arc<Node>, wanted: &Arc<Node>) -> bool {
         let below = match node.driver.filtered() {
             Some(edge) => vec![edge.clone()],
@@ -172,14 +170,15 @@ struct Target {
 
 fn drive_mirror(cx: &mut Cx, args: DriveMirror) -> Result<()> {
     let disk = disk(cx, &args.job.device)?;
-    let sync = sync_of(&args.common, &disk)?;
-    check_numbers(&args.common)?;
     if args.common.replaces.is_some() && args.node_name.is_none() {
         bail!("a node-name must be provided when replacing a named node of the graph");
     }
     if let Some(name) = &args.node_name {
         cx.vm.graph.check_name(name)?;
     }
+    // QEMU makes the file first.
+    check_granularity(&args.common)?;
+    let sync = sync_of(&args.common, &disk)?;
     let format = args.format.as_deref().unwrap_or(disk.image.driver.name());
     let unmap = args.unmap.unwrap_or(true);
     let below = match sync {
@@ -204,7 +203,7 @@ fn drive_mirror(cx: &mut Cx, args: DriveMirror) -> Result<()> {
     let env = Formats::new(&mut cx.vm.fds, &cx.vm.objects);
     let node = new_image::open(&mut cx.vm.graph, &env, options)?;
     let target = Target { node: node.clone(), zeroed: new, unmap, filter: None, backing: below };
-    let done = mirror(cx, args.job.0, args.common.0, sync, disk, target);
+    let done = mirror(cx, args.job.0, args.common.0, disk, target);
     // Whoever uses it now keeps it.
     cx.vm.graph.disown(&node);
     drop(node);
@@ -220,28 +219,27 @@ fn blockdev_mirror(cx: &mut Cx, mut args: BlockdevMirror) -> Result<()> {
     }
     let disk = disk(cx, &args.job.device)?;
     let node = find_node(cx, Some(&args.target), Some(&args.target))?;
-    let sync = sync_of(&args.common, &disk)?;
-    check_numbers(&args.common)?;
     let unmap = node.options().unmap;
     let filter = args.filter_node_name;
     // Its backing file is the user's to say.
     let target = Target { node, zeroed: false, unmap, filter, backing: None };
-    mirror(cx, args.job.0, args.common.0, sync, disk, target)
+    mirror(cx, args.job.0, args.common.0, disk, target)
 }
 
-fn mirror(
-    cx: &mut Cx,
-    job: JobOptions,
-    common: MirrorCommon,
-    sync: MirrorSyncMode,
-    disk: Disk,
-    target: Target,
-) -> Result<()> {
+fn mirror(cx: &mut Cx, job: JobOptions, common: MirrorCommon, disk: Disk, target: Target) -> Result<()> {
+    check_granularity(&common)?;
+    cx.vm.check_alone(&target.node)?;
+    let replaces = replaced(cx, &common, &disk)?;
+    let sync = sync_of(&common, &disk)?;
+    if common.buf_size.is_some_and(|n| n < 0) {
+        bail!("Invalid parameter 'buf-size'");
+    }
     if Arc::ptr_eq(&disk.root, &target.node) || Arc::ptr_eq(&disk.image, &target.node) {
         bail!("Can't mirror node into itself");
     }
-    let replaces = replaced(cx, &common, &disk)?;
-    cx.vm.check_alone(&target.node)?;
+    if let Some(name) = &target.filter {
+        cx.vm.graph.check_name(name)?;
+    }
     let spec = job_options::spec(cx, Kind::Mirror, &job, &disk.root);
     let events = cx.vm.events.clone();
     let plan = mirror::Plan {

@@ -105,22 +105,22 @@ fn block_stream(cx: &mut Cx, args: BlockStream) -> Result<()> {
     if args.backing_file.is_some() && base.is_none() {
         bail!("backing file specified, but streaming the entire chain");
     }
+    if let Some(name) = &args.filter {
+        cx.vm.graph.check_name(name).map_err(|e| e.context("Could not create node: "))?;
+    }
     let spec = job_options::spec(cx, Kind::Stream, &args.common.0, &root);
     let events = cx.vm.events.clone();
     let nodes: Vec<_> = nodes.iter().collect();
     let id = spec.id.clone();
     let graph = &mut cx.vm.graph;
     let build = || {
-        let filter = match args.filter.as_deref() {
-            Some(name) => Some(filter::insert(graph, "copy-on-read", Some(name), &top, Asks::Same)?),
-            None => None,
-        };
+        let filter = filter::insert(graph, "copy-on-read", args.filter.as_deref(), &top, Asks::Same)?;
         let plan = Plan {
             top: top.clone(),
             from: from.clone(),
             backing_file: args.backing_file,
             on_error: args.on_error.unwrap_or_default().into(),
-            filter,
+            filter: Some(filter),
             id,
             name_of: file_name,
         };
