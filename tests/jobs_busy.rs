@@ -217,6 +217,8 @@ fn a_backup_lets_others_at_its_disk() {
 
     // The disk gets all of its data, and an overlay, under the two filters.
     qmp.ok("block-stream", json!({"job-id": "s", "device": "top"}));
+    // Jobs that were refused were forgotten at once.
+    until(&mut qmp, "concluded");
     until(&mut qmp, "null");
     let new = vm.path("new");
     let args = json!({"node-name": "top", "snapshot-file": new, "snapshot-node-name": "new"});

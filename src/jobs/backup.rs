@@ -151,7 +151,8 @@ impl Backup {
         let (name, named) = &spec.filter;
         let node = NodeOptions { read_only: source.read_only(), implicit: !named, ..NodeOptions::default() };
         let (filter, copies) = cbw::filter((name, node), source, target, options)?;
-        graph.add(filter.clone())?;
+        let wrong = |e: Error| e.context("Could not create node: ");
+        graph.add(filter.clone()).map_err(wrong)?;
         // No write is under way now, and none begins: this is the disk that the copy will be.
         let quiesced = graph.quiesce(&[source], &[]);
         let mut total = copies.left();

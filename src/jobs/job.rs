@@ -160,12 +160,16 @@ impl JobCtx {
             state.hold = Hold::None;
             self.shared.changed.notify_all();
         }
-        self.shared.say(&mut state, Notice::Paused);
+        self.shared.note(&mut state, Notice::Paused);
+        self.shared.post();
         while state.pause && !state.cancel {
             state = self.shared.idle(state, None);
         }
-        self.shared.say(&mut state, Notice::Resumed);
-        if state.cancel { Err(Stop::Cancelled) } else { Ok(()) }
+        self.shared.note(&mut state, Notice::Resumed);
+        let cancelled = state.cancel;
+        drop(state);
+        self.shared.post();
+        if cancelled { Err(Stop::Cancelled) } else { Ok(()) }
     }
 
     /// True once the job is to end without a result: for loops that have nothing to return from.
@@ -210,7 +214,9 @@ impl JobCtx {
     pub fn ready(&self) {
         let mut state = self.lock();
         if !std::mem::replace(&mut state.ready, true) {
-            self.shared.say(&mut state, Notice::Ready);
+            self.shared.note(&mut state, Notice::Ready);
+            drop(state);
+            self.shared.post();
         }
     }
 
@@ -289,7 +295,7 @@ impl JobCtx {
         if state.cancel {
             return Err(Stop::Cancelled);
         }
-        self.shared.say(&mut state, Notice::Error { read, action });
+        self.shared.note(&mut state, Notice::Error { read, action });
         if action == ErrorAction::Stop {
             state.pause = true;
             if state.io_status == IoStatus::Ok {
@@ -297,6 +303,7 @@ impl JobCtx {
             }
         }
         drop(state);
+        self.shared.post();
         match action {
             ErrorAction::Report => Err(Stop::Failed(Error::new(strerror(e)))),
             ErrorAction::Stop => self.pause_point().map(|()| After::Again),
@@ -314,7 +321,8 @@ impl JobCtx {
         let mut state = self.lock();
         state.hold = Hold::Wanted;
         state.hold_list = HoldList { nodes: nodes.to_vec(), but: but.to_vec() };
-        self.shared.say(&mut state, Notice::Hold);
+        self.shared.note(&mut state, Notice::Hold);
+        self.shared.post();
         while state.hold == Hold::Wanted && !state.cancel && !state.pause {
             state = self.shared.wait(state, None);
         }

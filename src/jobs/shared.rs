@@ -204,11 +204,10 @@ impl Shared {
         done
     }
 
-    /// The job's thread: has something for the control thread to act on.
-    pub(super) fn say(&self, state: &mut State, notice: Notice) {
+    /// The job's thread: something for the control thread to act on, when it is [told](Shared::post).
+    pub(super) fn note(&self, state: &mut State, notice: Notice) {
         state.notices.push_back(notice);
         self.stepped(state);
-        self.post();
     }
 
     /// The job's thread: waits as [`Shared::wait`] does, and is not busy meanwhile.
@@ -232,7 +231,7 @@ impl Shared {
     }
 
     /// Sends the control thread to look at the job.
-    fn post(&self) {
+    pub(super) fn post(&self) {
         self.events.post(Event::Job(self.serial));
     }
 

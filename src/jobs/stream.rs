@@ -7,7 +7,7 @@
 //! Owns: the walk. Never: names of files (it is told them). Threads: as [`Work`] says. Locks: none.
 
 use super::crew::{Crew, PIECE, Step, Todo};
-use super::job::{After, JobCtx, Stop, Work};
+use super::job::{After, JobCtx, Stop, Work, attach};
 use super::layers::{Found, below, find};
 use crate::block::driver::{ExtentKind, Perm};
 use crate::block::graph::Graph;
@@ -50,6 +50,8 @@ enum Do {
 pub struct Stream {
     plan: Plan,
     handle: Option<Arc<Handle>>,
+    /// On the filter, which nobody else may be above.
+    above: Option<Arc<Handle>>,
     /// On the images that data come from: nobody may write to them.
     held: Vec<Arc<Handle>>,
     crew: Crew,
@@ -64,7 +66,8 @@ impl Stream {
         let turn_back = plan.top.read_only();
         let top = plan.top.clone();
         let crew = Crew::new(graph, &top);
-        let mut stream = Stream { plan, handle: None, held: Vec::new(), crew, turn_back, bug: Bug::here() };
+        let (held, bug) = (Vec::new(), Bug::here());
+        let mut stream = Stream { plan, handle: None, above: None, held, crew, turn_back, bug };
         match stream.begin(graph) {
             Ok(()) => Ok(stream),
             Err(e) => {
@@ -76,7 +79,10 @@ impl Stream {
     }
 
     fn begin(&mut self, graph: &mut Graph) -> Result<()> {
-        let Plan { top, from, id, .. } = &self.plan;
+        let Plan { top, from, id, filter, .. } = &self.plan;
+        if let Some(filter) = filter {
+            self.above = Some(attach(graph, filter, Perm::NONE, Perm::ALL)?);
+        }
         graph.set_read_only(top, false)?;
         let uses = Perm::CONSISTENT_READ | Perm::WRITE_UNCHANGED;
         let spec = |role, uses, shares| {
@@ -188,6 +194,9 @@ impl Work for Stream {
     }
 
     fn clean(&mut self, graph: &mut Graph) {
+        if let Some(above) = self.above.take() {
+            graph.detach(&above);
+        }
         if let Some(filter) = self.plan.filter.take()
             && let Err(e) = graph.remove_filter(&filter)
         {

@@ -164,3 +164,21 @@ fn nodes_of_a_job_get_other_options_but_no_other_children() {
         q.vm.graph.close_all();
     }
 }
+
+#[test]
+fn the_filter_of_a_stream_stays_while_nobody_is_above_it() {
+    let dir = Scratch::new("cmd-job-filter");
+    let mut q = disks(&dir);
+    q.ok("human-monitor-command", json!({"command-line": "qemu-io d \"write -q -P 1 0 64k\""}));
+    q.vm.drives.clear();
+    q.vm.graph.close_all();
+    let file = json!({"driver": "file", "filename": dir.path("top.qcow2")});
+    let low = json!({"driver": "raw", "file": {"driver": "file", "filename": dir.path("low.raw")}});
+    q.ok("blockdev-add", json!({"driver": "qcow2", "node-name": "n", "file": file, "backing": low}));
+    q.ok("block-stream", json!({"device": "n", "job-id": "j", "speed": 1, "filter-node-name": "f"}));
+    q.vm.graph.collect();
+    assert!(q.vm.graph.find("f").is_some());
+    q.vm.jobs.cancel_all(&mut q.vm.graph);
+    assert!(q.vm.graph.find("f").is_none());
+    q.vm.graph.close_all();
+}
