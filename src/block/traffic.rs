@@ -1,15 +1,26 @@
 //! Whether a disk is in use at the moment: for jobs, which give way to those who use it.
 //!
 //! A node counts the requests that come to it while somebody watches. Who works on a disk watches the
-//! nodes that its users come in by, which lie above those that he reads and writes himself.
+//! nodes that its users come in by, which lie above those that he reads and writes himself. Jobs' requests do
+//! not count: of two jobs on one disk, each would take the other for a guest.
 //!
 //! Owns: the counters. Never: holds anybody up. Threads: any. Locks: none.
 
 use super::edit::is_above;
 use super::graph::{Graph, Parent};
 use super::node::Node;
+use std::cell::Cell;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
+
+thread_local! {
+    static OF_A_JOB: Cell<bool> = const { Cell::new(false) };
+}
+
+/// What this thread asks for, it asks for a job: nobody gives way to that.
+pub fn for_a_job() {
+    OF_A_JOB.set(true);
+}
 
 /// A node's counter.
 #[derive(Default)]
@@ -23,7 +34,7 @@ impl Traffic {
     #[inline]
     pub(super) fn note(&self) {
         // Without a watcher it costs a look at what nobody writes to.
-        if self.watchers.load(Ordering::Relaxed) != 0 {
+        if self.watchers.load(Ordering::Relaxed) != 0 && !OF_A_JOB.get() {
             self.requests.fetch_add(1, Ordering::Relaxed);
         }
     }
@@ -41,7 +52,7 @@ impl Watch {
         Watch(tops.map(Arc::downgrade).collect())
     }
 
-    /// How many reads and writes have come since somebody began to watch; it only grows.
+    /// How many reads and writes, but for jobs', have come since somebody began to watch; it only grows.
     pub fn requests(&self) -> u64 {
         let of = |n: Arc<Node>| n.traffic.requests.load(Ordering::Relaxed);
         self.0.iter().filter_map(Weak::upgrade).map(of).sum()

@@ -16,7 +16,7 @@
 use super::job::{After, JobCtx, Stop};
 use crate::block::graph::Graph;
 use crate::block::node::Node;
-use crate::block::traffic::Watch;
+use crate::block::traffic::{self, Watch};
 use crate::sys::buf;
 use crate::sys::thread::{self, lock};
 use std::io;
@@ -177,6 +177,7 @@ impl Crew {
                 return;
             }
             let help = || {
+                traffic::for_a_job();
                 buf::keep_copy_buf(PIECE as usize);
                 while once() {}
             };

@@ -144,6 +144,28 @@ fn a_free_disk_has_several_pieces_under_way() {
 }
 
 #[test]
+fn another_job_is_no_user_of_the_disk() {
+    let mut desk = Desk::new();
+    let (crew, book) = (desk.crew(), Arc::new(Book::default()));
+    let (written, disk) = (book.clone(), desk.disk.clone());
+    desk.start(move |cx| {
+        let todo = Todo::new(1001);
+        let failed = crew.work::<()>(cx, || {
+            let Some(range) = next(&todo, 10) else { return Ok(None) };
+            // As one above this one reads what it copies.
+            disk.read(0, &mut IovMut::from_slice(&mut [0; 512])).unwrap();
+            written.piece(range, MS * 3);
+            Ok(Some(10))
+        })?;
+        assert!(failed.is_empty());
+        Ok(())
+    });
+    assert_eq!(desk.end(), None);
+    book.check(1001);
+    assert_eq!(book.most.load(SeqCst), HANDS, "pieces at a time");
+}
+
+#[test]
 fn what_has_failed_is_handed_back_and_done_again() {
     let mut desk = Desk::new();
     let (crew, book) = (desk.crew(), Arc::new(Book::default()));
@@ -214,7 +236,8 @@ fn rests(each: Duration, helped: bool) {
             let rest = lock(&last).take().map(|(end, late)| (end.elapsed(), late));
             hurried.fetch_add(u64::from(rest.is_none_or(|(time, late)| time < least && !late)), SeqCst);
             // What somebody else does meanwhile.
-            disk.read(0, &mut IovMut::from_slice(&mut [0; 512])).unwrap();
+            let read = || disk.read(0, &mut IovMut::from_slice(&mut [0; 512]));
+            std::thread::scope(|scope| scope.spawn(read).join().unwrap().unwrap());
             if helped {
                 theirs.was_helped();
             }

@@ -8,6 +8,7 @@ use super::job::{JobCtx, Stop, Work};
 use super::rate::Rate;
 use crate::block::handle::{Handle, IoStatus};
 use crate::block::node::Node;
+use crate::block::traffic;
 use crate::error::Error;
 use crate::event::{ErrorAction, Event, Events};
 use crate::sys::thread;
@@ -253,6 +254,7 @@ impl Shared {
         let take = |p: &Mutex<Option<Box<dyn Work>>>| p.lock().unwrap_or_else(PoisonError::into_inner).take();
         let spawned = thread::spawn(name, thread::IO_STACK, move || {
             let Some(mut work) = take(&mine) else { return };
+            traffic::for_a_job();
             let cx = JobCtx::new(shared.clone());
             let run = || {
                 // A cancel that came already is the work's to find: it says how much there was to do.
