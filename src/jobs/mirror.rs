@@ -488,8 +488,17 @@ impl Work for Mirror {
                 let ends = ready && !self.both.is(Mode::Closing) && (cx.completing() || cx.stopping());
                 ends || self.both.has_failed() || !ready && self.is_close(rounds)
             };
-            let step = || if called() { Ok(None) } else { self.step(cx, cx.piece(PIECE)) };
             let Some(crew) = &self.crew else { return Ok(()) };
+            let step = || {
+                if called() {
+                    return Ok(None);
+                }
+                // Guests write to the target, too, which is time that the job takes from them.
+                if self.both.is(Mode::Blocking) {
+                    crew.was_helped();
+                }
+                self.step(cx, cx.piece(PIECE))
+            };
             if let Some(e) = crew.work(cx, step)?.into_iter().next() {
                 self.failed(cx, e)?;
             } else if called() {
