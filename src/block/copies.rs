@@ -26,7 +26,7 @@ use crate::sys::buf::CopyBuf;
 use crate::sys::iov::{Iov, IovMut};
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 /// The most that is copied in one piece, in bytes.
@@ -70,8 +70,8 @@ pub struct Copies {
     torn: Arc<Bitmap>,
     /// Clusters that guests' writes had copied.
     pub(super) done: Arc<Bitmap>,
-    /// How often a guest's write had something copied.
-    for_writes: AtomicU64,
+    /// A guest's write had something copied since somebody last asked.
+    helped: AtomicBool,
     busy: Mutex<Busy>,
     freed: Condvar,
     /// Nothing lies behind the target.
@@ -160,7 +160,7 @@ impl Copies {
             blocks: if parts { Some(bitmap(block)?) } else { None },
             torn: bitmap(options.cluster)?,
             done: bitmap(options.cluster)?,
-            for_writes: AtomicU64::new(0),
+            helped: AtomicBool::new(false),
             busy: Mutex::default(),
             freed: Condvar::new(),
             alone,
@@ -204,9 +204,9 @@ impl Copies {
         Ok((self.source.need()?, self.target.need()?))
     }
 
-    /// How often a guest's write had something copied.
-    pub fn for_writes(&self) -> u64 {
-        self.for_writes.load(Ordering::Relaxed)
+    /// A guest's write had something copied since this was last asked.
+    pub fn take_help(&self) -> bool {
+        self.helped.swap(false, Ordering::Relaxed)
     }
 
     /// A failed copy of a guest's write broke the copy.
@@ -229,14 +229,13 @@ impl Copies {
     fn next(&self, from: u64, end: u64, max: u64) -> Option<Range<u64>> {
         let mut at = from;
         loop {
-            let mut run = self.to_copy.next_dirty(at, end, max)?;
+            let run = self.to_copy.next_dirty(at, end, max)?;
             let Some(blocks) = &self.blocks else { return Some(run) };
             match blocks.next_clean(run.start, run.end) {
                 None => at = run.end,
                 Some(first) => {
                     let stop = blocks.next_dirty(first, run.end, BLOCK);
-                    run = first..stop.map_or(run.end, |copied| copied.start);
-                    return Some(run);
+                    return Some(first..stop.map_or(run.end, |copied| copied.start));
                 }
             }
         }
@@ -282,7 +281,7 @@ impl Copies {
     pub fn copy_for_write(&self, from: u64, end: u64) -> Copied<Option<Range<u64>>> {
         let copied = self.copy_some(from, end, self.grain())?;
         if let Some(range) = &copied {
-            self.for_writes.fetch_add(1, Ordering::Relaxed);
+            self.helped.store(true, Ordering::Relaxed);
             let mut at = range.start;
             while let Some(clean) = self.to_copy.next_clean(at, range.end) {
                 let stop = self.to_copy.next_dirty(clean, range.end, BLOCK);

@@ -24,7 +24,6 @@ use crate::error::{Error, Result};
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 /// Clusters of this size at least are copied together, in bytes (QEMU's default).
@@ -91,8 +90,6 @@ pub struct Backup {
     /// On the filter: for tickets.
     handle: Arc<Handle>,
     crew: Crew,
-    /// How often guests' writes had something copied, when somebody last asked.
-    for_writes: AtomicU64,
     /// The disk's uppermost image at the moment of which the copy is.
     top: Arc<Node>,
     bitmap: Option<Synced>,
@@ -194,7 +191,6 @@ impl Backup {
                     filter,
                     handle,
                     crew,
-                    for_writes: AtomicU64::new(0),
                     top,
                     bitmap,
                     policies,
@@ -316,8 +312,7 @@ impl Backup {
             }
             bytes = range.end - range.start;
         }
-        let for_writes = copies.for_writes();
-        if self.for_writes.swap(for_writes, Ordering::Relaxed) != for_writes {
+        if copies.take_help() {
             self.crew.was_helped();
         }
         cx.progress(self.total.saturating_sub(copies.left()), self.total);

@@ -124,13 +124,25 @@ fn next(todo: &Todo, n: u64) -> Option<Range<u64>> {
 
 #[test]
 fn a_free_disk_has_several_pieces_under_way() {
+    together(|_| {});
+}
+
+#[test]
+fn another_job_is_no_user_of_the_disk() {
+    // As one above this one reads what it copies.
+    together(|disk| disk.read(0, &mut IovMut::from_slice(&mut [0; 512])).unwrap());
+}
+
+/// A job for which several threads work, whatever each does with the disk in every piece.
+fn together(each: impl Fn(&Handle) + Send + Sync + 'static) {
     let mut desk = Desk::new();
     let (crew, book) = (desk.crew(), Arc::new(Book::default()));
-    let written = book.clone();
+    let (written, disk) = (book.clone(), desk.disk.clone());
     desk.start(move |cx| {
         let todo = Todo::new(1001);
         let failed = crew.work::<()>(cx, || {
             let Some(range) = next(&todo, 10) else { return Ok(None) };
+            each(&disk);
             written.piece(range, MS * 3);
             Ok(Some(10))
         })?;
@@ -141,28 +153,6 @@ fn a_free_disk_has_several_pieces_under_way() {
     book.check(1001);
     assert_eq!(book.most.load(SeqCst), HANDS, "pieces at a time");
     assert_eq!(lock(&book.threads).len(), HANDS);
-}
-
-#[test]
-fn another_job_is_no_user_of_the_disk() {
-    let mut desk = Desk::new();
-    let (crew, book) = (desk.crew(), Arc::new(Book::default()));
-    let (written, disk) = (book.clone(), desk.disk.clone());
-    desk.start(move |cx| {
-        let todo = Todo::new(1001);
-        let failed = crew.work::<()>(cx, || {
-            let Some(range) = next(&todo, 10) else { return Ok(None) };
-            // As one above this one reads what it copies.
-            disk.read(0, &mut IovMut::from_slice(&mut [0; 512])).unwrap();
-            written.piece(range, MS * 3);
-            Ok(Some(10))
-        })?;
-        assert!(failed.is_empty());
-        Ok(())
-    });
-    assert_eq!(desk.end(), None);
-    book.check(1001);
-    assert_eq!(book.most.load(SeqCst), HANDS, "pieces at a time");
 }
 
 #[test]
